@@ -1,0 +1,59 @@
+"""`layerfold run`: a recipe from pretrained network to table."""
+
+__all__ = ["command"]
+
+import signal
+from pathlib import Path
+from types import FrameType
+
+import click
+
+from pipeline.cli.options import out_option, quick_option, recipe_argument, run_folder, set_option
+from pipeline.errors import VerifyError
+
+_EPILOG = """\b
+Examples:
+  layerfold run quickstart
+  layerfold run efficientnet_lite/lite0_photos --out runs/lite0
+  layerfold run mobilenet_v2/imagenet_100 --set data.root=/data/imagenet
+  layerfold run my_recipe.yaml --quick --set prefold.lambda_c=0.5
+"""
+
+
+@click.command(epilog=_EPILOG)
+@recipe_argument
+@out_option
+@set_option
+@quick_option
+def command(recipe: str, out: Path | None, overrides: tuple[str, ...], quick: bool) -> None:
+    """Run RECIPE (a shipped name or a YAML file) and print its table.
+
+    Finished stages are kept and never run again; a stopped or killed run resumes with the same command.
+    """
+    from pipeline import facts, plan, recipe_files, runner
+    from pipeline.cli.progress import TerminalEvents
+    from pipeline.results.collect import load_report
+
+    loaded = recipe_files.load(recipe, overrides=overrides, quick=quick)
+    folder = run_folder(loaded, out)
+    planned = plan.build(loaded, facts.gather(loaded))
+    previous = signal.signal(signal.SIGTERM, _as_interrupt)
+    try:
+        with TerminalEvents(len(planned.stages)) as events:
+            outcome = runner.execute(planned, folder, events)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    report = load_report(outcome.folder / "report.json")
+    from pipeline.report.table import terminal_table
+
+    terminal_table(report)
+    click.echo(f"report: {outcome.folder / 'report.html'}")
+    if report.failures:
+        raise VerifyError(
+            "; ".join(report.failures),
+            hint=f"see the red rows of {outcome.folder / 'report.html'}; the files are kept for inspection",
+        )
+
+
+def _as_interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,52 @@
+"""Facts about the machine that results depend on: which data set is there, which weights, which host.
+
+They are gathered once, before planning, so that planning stays pure and a cached result is never taken for one
+of another data set, other weights or another processor.
+"""
+
+__all__ = ["gather"]
+
+import os
+import platform
+from pathlib import Path
+
+from pipeline.recipe import Recipe
+from pipeline.versions import installed
+
+
+def gather(recipe: Recipe) -> dict[str, str]:
+    """Looks up the facts for a recipe; obtains the data set where it has to be fetched.
+
+    Returns:
+        `data`: name of the data set that is there; `weights`: where weights will come from; `host`: processor
+        and runtime versions.
+
+    Raises:
+        DataError: Neither the data set nor its fallback is there.
+        ModelError: The model's name is unknown.
+        WeightsError: The asked source has no weights for the model.
+    """
+    from pipeline.data import datasets
+    from pipeline.models import weights, zoo
+
+    zoo.check_name(recipe.model.name)
+    data = datasets.resolve(recipe.data.name, recipe.data.root, recipe.data.fallback)
+    return {
+        "data": data.name,
+        "weights": weights.choose(recipe.model.name, recipe.model.weights),
+        "host": _host(),
+    }
+
+
+def _host() -> str:
+    runtimes = " ".join(f"{name} {installed(name) or '-'}" for name in ("ai-edge-litert", "onnxruntime"))
+    return f"{_processor()} x{os.cpu_count()} {runtimes}"
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

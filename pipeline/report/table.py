@@ -1,0 +1,241 @@
+"""The reduction table: baseline against folded, as rows that Markdown, HTML and the terminal share."""
+
+__all__ = ["Row", "Table", "facts_lines", "markdown", "reduction_tables", "terminal_table"]
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipeline.results.schema import LatencyRow, RunReport
+
+_KINDS = {
+    "torch": "torch",
+    "tflite_fp32": "TFLite fp32",
+    "tflite_int8": "TFLite int8",
+    "onnx_fp32": "ONNX fp32",
+    "onnx_int8": "ONNX int8",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table; `failed` makes it red."""
+
+    cells: tuple[str, ...]
+    failed: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """A titled table of text cells."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[Row, ...]
+    note: str = ""
+
+
+def reduction_tables(report: RunReport) -> list[Table]:
+    """The report's tables in reading order: cost, prediction, latency, files, and the paper's row if there is one."""
+    tables = [_cost(report), *_predictions(report), _latency(report), _files(report)]
+    if report.paper is not None:
+        tables.append(_paper(report))
+    return tables
+
+
+def facts_lines(report: RunReport) -> list[str]:
+    """What was folded and with what: the lines below the tables."""
+    units = ", ".join(report.units_folded) or "none"
+    skipped = "; ".join(f"{name}: {reason}" for name, reason in report.units_skipped.items())
+    versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
+    hashes = ", ".join(f"{name} {value}" for name, value in report.stage_hashes.items())
+    return [
+        f"units folded ({len(report.units_folded)}): {units}",
+        *([f"units left as they were: {skipped}"] if skipped else []),
+        f"fold error: {report.fold_max_abs_error:.2e} (largest difference of logits), "
+        f"{report.fold_changed_predictions} of {report.eval_images} predictions changed by the fold itself",
+        f"weights: {report.weights}",
+        f"data: {report.data}, {report.eval_images} evaluation images",
+        f"seed {report.seed}; {versions}",
+        f"stages: {hashes}",
+    ]
+
+
+def markdown(report: RunReport) -> str:
+    """The whole report as Markdown."""
+    lines = [f"# {_title(report)}", ""]
+    if report.description:
+        lines += [report.description.strip(), ""]
+    for failure in report.failures:
+        lines += [f"**FAILED** {failure}", ""]
+    for table in reduction_tables(report):
+        lines += [f"## {table.title}", "", _md_line(table.header), _md_line(["---"] * len(table.header))]
+        lines += [_md_line([f"**{c}**" if row.failed and c else c for c in row.cells]) for row in table.rows]
+        lines += ["", *([table.note, ""] if table.note else [])]
+    lines += ["## What was folded, and with what", "", *(f"- {line}" for line in facts_lines(report)), ""]
+    return "\n".join(lines)
+
+
+def terminal_table(report: RunReport) -> None:
+    """Prints the tables to stdout."""
+    from rich.console import Console
+    from rich.table import Table as RichTable
+
+    console = Console(width=None if Console().is_terminal else 120)
+    console.print(_title(report), highlight=False, markup=False)
+    for table in reduction_tables(report):
+        rich_table = RichTable(title=table.title, title_justify="left", caption=table.note or None)
+        for index, column in enumerate(table.header):
+            rich_table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+        for row in table.rows:
+            rich_table.add_row(*row.cells, style="red" if row.failed else None)
+        console.print(rich_table, highlight=False)
+    for line in facts_lines(report)[:4]:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _title(report: RunReport) -> str:
+    quick = " (QUICK variant: shortened, not comparable)" if report.variant == "quick" else ""
+    return f"{report.recipe}: {report.model} at {report.input_px} px{quick}"
+
+
+def _cost(report: RunReport) -> Table:
+    before, after = report.baseline, report.folded
+    return Table(
+        f"Cost: {report.model}",
+        ("", "baseline", "folded", "change"),
+        (
+            Row(("params", f"{before.params:,}", f"{after.params:,}", _change(before.params, after.params))),
+            Row(
+                (
+                    "MACs (one image)",
+                    f"{before.macs / 1e6:.2f} M",
+                    f"{after.macs / 1e6:.2f} M",
+                    _change(before.macs, after.macs),
+                )
+            ),
+            Row(
+                (
+                    "depth (non-linear layers)",
+                    str(before.depth),
+                    str(after.depth),
+                    f"{after.depth - before.depth:+d}",
+                )
+            ),
+        ),
+    )
+
+
+def _predictions(report: RunReport) -> list[Table]:
+    tables = []
+    failed = {(row.model, row.kind) for row in report.verify if not row.passed}
+    if report.baseline.accuracy:
+        rows = []
+        torch_accuracy = report.baseline.accuracy["torch"]
+        for kind, label in _KINDS.items():
+            before, after = report.baseline.accuracy.get(kind), report.folded.accuracy.get(kind)
+            if before is None and after is None:
+                continue
+            drop = "" if after is None else f"{100 * (torch_accuracy - after):+.2f}"
+            red = ("baseline", kind) in failed or ("folded", kind) in failed
+            rows.append(Row((label, _percent(before), _percent(after), drop), red))
+        note = f"Top-1 on {report.labelled_images} labelled images; drop in points of the folded file against baseline torch."
+        if report.labelled_images < 1000:
+            note += " So few images are a sanity check, not an accuracy."
+        tables.append(Table("Accuracy", ("", "baseline", "folded", "drop"), tuple(rows), note))
+    rows = [
+        Row(
+            (label, _percent(report.baseline.agreement.get(kind)), _percent(report.folded.agreement.get(kind))),
+            ("baseline", kind) in failed or ("folded", kind) in failed,
+        )
+        for kind, label in _KINDS.items()
+        if kind in report.baseline.agreement or kind in report.folded.agreement
+    ]
+    tables.append(
+        Table(
+            "Agreement with the baseline (same top-1)",
+            ("", "baseline", "folded"),
+            tuple(rows),
+            f"On {report.eval_images} evaluation images, against the baseline in torch.",
+        )
+    )
+    return tables
+
+
+def _latency(report: RunReport) -> Table:
+    return Table(
+        "Latency of one image (median)",
+        ("target", "precision", "baseline", "folded", "change", "95% interval of the ratio"),
+        tuple(Row(_latency_cells(row), row.ratio is None) for row in report.latency),
+        "Baseline and folded interleaved; read the ratio, not the milliseconds, on a shared machine.",
+    )
+
+
+def _latency_cells(row: LatencyRow) -> tuple[str, ...]:
+    target = f"{row.target} ({row.threads} thread{'s' if row.threads > 1 else ''})"
+    if row.baseline_ms is None or row.folded_ms is None or row.ratio is None:
+        return (target, row.precision, "failed", "failed", "", row.note)
+    interval = f"{row.ratio_low:.3f} to {row.ratio_high:.3f}"
+    if row.ratio_low is not None and row.ratio_high is not None and row.ratio_low <= 1 <= row.ratio_high:
+        interval += " (no difference shown)"
+    if not row.valid:
+        interval += f" ({row.note})"
+    change = f"{100 * (row.ratio - 1):+.1f}%"
+    return (target, row.precision, f"{row.baseline_ms:.3f} ms", f"{row.folded_ms:.3f} ms", change, interval)
+
+
+def _files(report: RunReport) -> Table:
+    rows = []
+    for kind, label in _KINDS.items():
+        before = next((f for k, f in report.baseline.files.items() if k == kind), None)
+        after = next((f for k, f in report.folded.files.items() if k == kind), None)
+        if before is not None and after is not None:
+            cells = (label, _size(before.bytes), _size(after.bytes), _change(before.bytes, after.bytes), after.path)
+            rows.append(Row(cells))
+    return Table("Files", ("", "baseline", "folded", "change", "folded file"), tuple(rows))
+
+
+def _paper(report: RunReport) -> Table:
+    paper = report.paper
+    assert paper is not None
+    before, after = report.baseline, report.folded
+    int8 = [row for row in report.latency if row.ratio is not None]
+    ours = "; ".join(f"{r.target} {r.precision} {100 * (1 - (r.ratio or 0)):+.1f}%" for r in int8)
+    drop = 100 * (before.accuracy["torch"] - after.accuracy["torch"]) if "torch" in after.accuracy else None
+    return Table(
+        f"Beside the paper's {paper.model}",
+        ("", "this run", "paper (ImageNet, Titan X Pascal)"),
+        (
+            Row(("accuracy", _percent(after.accuracy.get("torch")), _percent(paper.accuracy))),
+            Row(
+                (
+                    "drop, points",
+                    "" if drop is None else f"{drop:.2f}",
+                    f"{paper.accuracy_drop_points:.1f}",
+                )
+            ),
+            Row(("latency reduction", ours, f"{paper.latency_reduction_percent:.0f}%")),
+            Row(
+                (
+                    "MACs reduction",
+                    f"{100 * (1 - after.macs / before.macs):.2f}%",
+                    f"{paper.flops_reduction_percent:.0f}%",
+                )
+            ),
+        ),
+    )
+
+
+def _md_line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.2f}%"
+
+
+def _change(before: float, after: float) -> str:
+    return f"{100 * (after / before - 1):+.2f}%" if before else ""
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"

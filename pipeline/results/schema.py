@@ -1,0 +1,113 @@
+"""The schema of `report.json`: what a run found, for people's tables and other programs' checks.
+
+Accuracies and agreements are fractions in 0…1; MACs are multiply-accumulates of one image; latencies are
+medians in milliseconds; `ratio` is folded over baseline with its 95 % interval. `schema_version` grows by one when a
+field changes meaning or goes away; new fields may come without.
+"""
+
+__all__ = ["SCHEMA_VERSION", "FileEntry", "LatencyRow", "ModelResult", "PaperRow", "RunReport", "VerifyRow"]
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+SCHEMA_VERSION = 1
+
+FileKind = Literal["tflite_fp32", "tflite_int8", "onnx_fp32", "onnx_int8"]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileEntry(_Part):
+    """A model file; `path` is relative to the report."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+class ModelResult(_Part):
+    """One of the two networks.
+
+    `accuracy` maps `torch` and the file kinds to top-1 on the labelled evaluation images; `agreement` maps the same
+    to the share of evaluation images on which top-1 equals that of the baseline in torch.
+    """
+
+    params: int
+    macs: int
+    depth: int
+    accuracy: dict[str, float]
+    agreement: dict[str, float]
+    files: dict[FileKind, FileEntry]
+
+
+class VerifyRow(_Part):
+    """One exported file against the torch model it came from."""
+
+    model: Literal["baseline", "folded"]
+    kind: FileKind
+    images: int
+    accuracy: float | None
+    agreement: float
+    max_abs_logit_error: float
+    mean_abs_logit_error: float
+    passed: bool
+    reason: str
+
+
+class LatencyRow(_Part):
+    """Median latency of one image, baseline and folded measured interleaved; None where the target failed."""
+
+    target: str
+    runtime: str
+    precision: str
+    threads: int
+    baseline_ms: float | None
+    folded_ms: float | None
+    ratio: float | None
+    ratio_low: float | None
+    ratio_high: float | None
+    valid: bool
+    note: str
+
+
+class PaperRow(_Part):
+    """The Layer Folding paper's row of the same network (BMVC 2022, table 2), for comparison."""
+
+    model: str
+    accuracy: float
+    accuracy_drop_points: float
+    latency_reduction_percent: float
+    flops_reduction_percent: float
+
+
+class RunReport(_Part):
+    """Everything that a run's report shows."""
+
+    schema_version: int = SCHEMA_VERSION
+    recipe: str
+    variant: Literal["full", "quick"]
+    description: str
+    seed: int
+    model: str
+    input_px: int
+    weights: str
+    data: str
+    eval_images: int
+    labelled_images: int
+    versions: dict[str, str]
+    stage_hashes: dict[str, str]
+    stage_seconds: dict[str, float]
+    units_folded: list[str]
+    units_skipped: dict[str, str]
+    alphas: dict[str, float]
+    fold_max_abs_error: float
+    fold_changed_predictions: int
+    baseline: ModelResult
+    folded: ModelResult
+    verify: list[VerifyRow]
+    latency: list[LatencyRow]
+    paper: PaperRow | None
+    failures: list[str]
