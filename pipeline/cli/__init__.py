@@ -62,8 +62,8 @@ def _root() -> None:
 def main() -> None:
     """Entry point of the console script `layerfold`.
 
-    Exit codes: 0 done; 1 done, but a check failed (an exported file that predicts otherwise); 2 wrong input; 130 stopped by
-    Ctrl-C.
+    Exit codes: 0 done; 1 done, but a check failed (an exported file that predicts otherwise); 2 wrong input;
+    130 stopped by Ctrl-C.
     """
     try:
         code = _root(prog_name="layerfold", standalone_mode=False)

@@ -1,0 +1,37 @@
+"""Stage 1: the network to beat, with its given weights or trained from scratch."""
+
+__all__ = ["run"]
+
+from typing import Any
+
+from pipeline.models import weights, zoo
+from pipeline.stages import StageContext, workbench
+
+
+def run(context: StageContext) -> dict[str, Any]:
+    """Builds the model, loads its weights, trains it where the recipe says so, and evaluates it."""
+    recipe = context.recipe
+    section = recipe.model
+    model = zoo.create(
+        section.name,
+        num_classes=section.num_classes,
+        in_chans=section.in_channels,
+        input_px=section.input_px,
+        args=section.args,
+    )
+    origin = weights.load(model, section.name, section.weights, num_classes=section.num_classes)
+    context.report.say(f"weights: {origin.source} ({origin.detail})")
+    train = recipe.baseline.train
+    if train is not None:
+        workbench.fine_tune(context, model, train)
+    evaluation = workbench.score(context, model)
+    workbench.save_model(context, "models/baseline.pt", model, weights=origin.as_dict())
+    return {
+        "weights": f"{origin.source}: {origin.detail}"
+        + ("" if train is None else f", trained {train.epochs:g} epochs"),
+        "weights_origin": origin.as_dict(),
+        "data": context.stage.facts["data"],
+        "counts": workbench.count(recipe, model),
+        "evaluation": evaluation.as_dict(),
+        "summary": workbench.summary(evaluation),
+    }

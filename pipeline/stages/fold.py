@@ -1,0 +1,60 @@
+"""Stage 3: every linear unit becomes one convolution; the rest of the network keeps its layers."""
+
+__all__ = ["run"]
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.errors import FoldError
+from pipeline.folding import fold
+from pipeline.stages import StageContext, workbench
+
+
+def run(context: StageContext) -> dict[str, Any]:
+    """Folds the settled network and proves on the evaluation images that it still predicts the same."""
+    recipe, section = context.recipe, context.recipe.fold
+    settled = workbench.load_model(context, "prefold", "settled.pt")
+    baseline = workbench.load_model(context, "baseline", "models/baseline.pt")
+    linear = list(context.inputs["prefold"].metrics["linear_units"])
+    example = workbench.example(recipe)
+    result = fold(settled, example, border=section.border, policy=section.policy, units=linear, fuse_batchnorm=False)
+    changed, worst = _compare(context, settled, result.model)
+    error = max(worst, result.max_abs_error)
+    if not math.isfinite(error) or error > section.max_abs_error:
+        raise FoldError(
+            f"the folded network differs from the linearised one by {error:.3g} in a logit "
+            f"(fold.max_abs_error is {section.max_abs_error:g})",
+            hint="use fold.border=exact, or raise fold.max_abs_error if post-folding may repair it",
+        )
+    evaluation = workbench.score(context, result.model, teacher=baseline)
+    workbench.save_model(context, "folded.pt", result.model, units_folded=linear)
+    segments = [segment.as_dict() for segment in result.segments]
+    return {
+        "units_folded": [name for name in linear if name not in result.skipped],
+        "units_skipped": {name: reason for name, reason in result.skipped.items() if name in linear},
+        "segments": segments,
+        "max_abs_error": error,
+        "changed_predictions": changed,
+        "evaluation": evaluation.as_dict(),
+        "summary": f"{len(linear) - len(result.skipped)} units folded, error {error:.1e}, "
+        f"{changed} predictions changed, {workbench.summary(evaluation)}",
+    }
+
+
+def _compare(context: StageContext, before: nn.Module, after: nn.Module) -> tuple[int, float]:
+    """How many evaluation images change their top-1, and the largest difference of a logit."""
+    source = workbench.split(context.recipe, "eval")
+    batch_size = context.recipe.verify.batch_size
+    on = workbench.device(context.recipe)
+    before, after = before.to(on).eval(), after.to(on).eval()
+    changed, worst = 0, 0.0
+    with torch.inference_mode():
+        for step, (images, _) in enumerate(source.batches(batch_size)):
+            one, other = before(images.to(on)), after(images.to(on))
+            changed += int((one.argmax(1) != other.argmax(1)).sum())
+            worst = max(worst, float((one - other).abs().max()))
+            context.report.progress(step + 1, source.steps(batch_size), "comparing with the unfolded network")
+    return changed, worst

@@ -1,0 +1,92 @@
+"""Stage 2: α-activations learn, under the auxiliary loss, which units can do without their non-linearities."""
+
+__all__ = ["run"]
+
+import json
+from typing import Any
+
+from torch import nn
+
+from pipeline import alpha
+from pipeline.errors import UnitError, nearest
+from pipeline.folding.units import Unit, find_units
+from pipeline.recipe import Recipe
+from pipeline.stages import StageContext, workbench
+
+
+def run(context: StageContext) -> dict[str, Any]:
+    """Attaches α to the candidate units, fine-tunes, and settles: α above the threshold becomes linear."""
+    recipe, section = context.recipe, context.recipe.prefold
+    baseline = workbench.load_model(context, "baseline", "models/baseline.pt")
+    units = candidates(recipe, baseline)
+    student = alpha.attach(baseline, units=[unit.name for unit in units], per="unit")
+    alpha.set_values(student, section.alpha_init)
+    schedule = alpha.AlphaSchedule(
+        lambda_c=section.lambda_c,
+        p=section.p,
+        threshold=section.threshold,
+        alpha_lr=section.alpha_lr,
+        weights=_penalty_weights(recipe, baseline, units),
+        anneal=tuple(unit.name for unit in units) if section.method == "fixed" else (),
+    )
+    workbench.fine_tune(context, student, section.train, distill=section.distill, teacher=baseline, alpha=schedule)
+    values = alpha.values(student)
+    settled = alpha.settle(student, threshold=section.threshold)
+    evaluation = workbench.score(context, settled, teacher=baseline)
+    linear = [name for name, value in values.items() if value > section.threshold]
+    workbench.save_model(context, "settled.pt", settled, alphas=values, linear_units=linear)
+    (context.work / "alphas.json").write_text(json.dumps(values, indent=1))
+    if not linear:
+        context.report.say(
+            f"no unit's alpha passed {section.threshold}: nothing will fold; "
+            "raise prefold.lambda_c or prefold.train.epochs"
+        )
+    return {
+        "alphas": values,
+        "linear_units": linear,
+        "evaluation": evaluation.as_dict(),
+        "summary": f"{len(linear)} of {len(units)} units linear ({', '.join(linear) or 'none'}), "
+        + workbench.summary(evaluation),
+    }
+
+
+def candidates(recipe: Recipe, model: nn.Module) -> list[Unit]:
+    """The units that α is attached to, in network order.
+
+    Raises:
+        UnitError: A named unit is unknown or cannot fold, or none is left.
+    """
+    section = recipe.prefold
+    known = {unit.name: unit for unit in find_units(model)}
+    named = list(known) if section.units == "all" else list(section.units)
+    for name in (*named, *section.exclude):
+        if name not in known:
+            close = nearest(name, known)
+            raise UnitError(
+                f"prefold.units: model '{recipe.model.name}' has no unit '{name}'" + (f"; {close}" if close else ""),
+                hint=f"its units are {', '.join(known) or 'none'}",
+            )
+        if section.units != "all" and not known[name].foldable and name in named:
+            raise UnitError(
+                f"prefold.units: unit '{name}' cannot fold: {known[name].reason}",
+                hint="leave it out; `layerfold inspect MODEL --units` lists what can fold",
+            )
+    chosen = [
+        unit for unit in known.values() if unit.name in named and unit.foldable and unit.name not in section.exclude
+    ]
+    if not chosen:
+        raise UnitError(
+            f"prefold.units leaves no foldable unit of model '{recipe.model.name}'", hint="set prefold.units=all"
+        )
+    return chosen
+
+
+def _penalty_weights(recipe: Recipe, model: nn.Module, units: list[Unit]) -> dict[str, float] | None:
+    """c_l of the auxiliary loss: None for the paper's uniform weights, else by the MACs that folding saves."""
+    if recipe.prefold.penalty_weights == "uniform":
+        return None
+    from pipeline.folding.units import macs_saved
+
+    saved = {unit.name: max(macs_saved(model, unit, workbench.example(recipe)), 0) for unit in units}
+    mean = sum(saved.values()) / len(saved)
+    return {name: value / mean if mean else 1.0 for name, value in saved.items()}
