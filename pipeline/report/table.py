@@ -138,7 +138,10 @@ def _predictions(report: RunReport) -> list[Table]:
             drop = "" if after is None else f"{100 * (torch_accuracy - after):+.2f}"
             red = ("baseline", kind) in failed or ("folded", kind) in failed
             rows.append(Row((label, _percent(before), _percent(after), drop), red))
-        note = f"Top-1 on {report.labelled_images} labelled images; drop in points of the folded file against baseline torch."
+        note = (
+            f"Top-1 on {report.labelled_images} labelled images; "
+            "drop in points of the folded file against the baseline in torch."
+        )
         if report.labelled_images < 1000:
             note += " So few images are a sanity check, not an accuracy."
         tables.append(Table("Accuracy", ("", "baseline", "folded", "drop"), tuple(rows), note))
