@@ -9,6 +9,7 @@ import click
 
 import pipeline
 from pipeline.errors import LayerfoldError, nearest
+from targets.errors import TargetError
 
 _VERBS = {
     "run": "run a recipe from pretrained network to table",
@@ -75,7 +76,7 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt):
         click.echo("stopped; the same command resumes where this one stopped", err=True)
         code = INTERRUPTED
-    except LayerfoldError as error:
+    except (LayerfoldError, TargetError) as error:
         click.echo(f"error: {error}", err=True)
         code = error.exit_code
     except BrokenPipeError:

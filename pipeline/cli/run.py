@@ -30,13 +30,14 @@ def command(recipe: str, out: Path | None, overrides: tuple[str, ...], quick: bo
 
     Finished stages are kept and never run again; a stopped or killed run resumes with the same command.
     """
-    from pipeline import facts, plan, recipe_files, runner
+    from pipeline import facts, plan, preflight, recipe_files, runner
     from pipeline.cli.progress import TerminalEvents
     from pipeline.results.collect import load_report
 
     loaded = recipe_files.load(recipe, overrides=overrides, quick=quick)
     folder = run_folder(loaded, out)
     planned = plan.build(loaded, facts.gather(loaded))
+    preflight.check(loaded)
     previous = signal.signal(signal.SIGTERM, _as_interrupt)
     try:
         with TerminalEvents(len(planned.stages)) as events:
