@@ -4,7 +4,7 @@ The file holds the pickled module, because a folded network has a graph of its o
 every pickle it can run code when it is read: open only files that you or layerfold wrote.
 """
 
-__all__ = ["StoredModel", "load", "save"]
+__all__ = ["FORMAT", "StoredModel", "load", "save"]
 
 import io
 import pickle
@@ -20,7 +20,8 @@ from torch import nn
 from pipeline.artifacts import write_atomic
 from pipeline.errors import ModelError
 
-_FORMAT = "layerfold-model-1"
+FORMAT = "layerfold-model-1"
+"""Mark of the files that `save` writes."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def save(path: Path, module: nn.Module, meta: Mapping[str, Any]) -> None:
         meta: Plain data to keep with it.
     """
     buffer = io.BytesIO()
-    torch.save({"format": _FORMAT, "meta": dict(meta), "module": module.cpu().eval()}, buffer)
+    torch.save({"format": FORMAT, "meta": dict(meta), "module": module.cpu().eval()}, buffer)
     write_atomic(path, buffer.getvalue())
 
 
@@ -65,7 +66,7 @@ def load(path: Path) -> StoredModel:
         raise ModelError(
             f"{path} is no readable model file: {error}", hint="make it anew; it may be cut short"
         ) from error
-    if not isinstance(payload, dict) or payload.get("format") != _FORMAT:
+    if not isinstance(payload, dict) or payload.get("format") != FORMAT:
         raise ModelError(
             f"{path} is a PyTorch file, but not a layerfold model",
             hint="load state dicts through a recipe's model.weights instead",
