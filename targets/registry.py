@@ -1,0 +1,84 @@
+"""Finds targets by name: the built-in ones, and those that other packages register.
+
+Another package adds a target through the entry-point group ``layerfold.targets``; the entry point is a callable that
+takes options as keywords and returns a `targets.base.Target`.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any
+
+from targets.base import Device, Target
+from targets.errors import OptionError, UnknownTargetError
+
+__all__ = ["ENTRY_POINT_GROUP", "devices", "get", "names"]
+
+ENTRY_POINT_GROUP = "layerfold.targets"
+_BUILT_IN: Mapping[str, str] = {
+    "host-litert": "targets.host:litert",
+    "host-ort": "targets.host:ort",
+}
+# Functions that list what is attached, each for one kind of target.
+_LISTERS = ("targets.host:devices",)
+
+
+def names() -> list[str]:
+    """Returns the names of all targets: built-in ones first, then those of other packages."""
+    others = sorted({point.name for point in entry_points(group=ENTRY_POINT_GROUP)} - set(_BUILT_IN))
+    return [*_BUILT_IN, *others]
+
+
+def get(name: str, **options: Any) -> Target:
+    """Makes a target.
+
+    Args:
+        name: One of `names`, optionally with the device after a colon: ``android:SERIAL``, ``ssh:user@board``.
+        options: What the target's factory takes, such as ``threads=1``.
+
+    Raises:
+        UnknownTargetError: If no target has that name.
+        OptionError: If the target does not take one of the options.
+    """
+    base, colon, instance = name.partition(":")
+    if colon:
+        options = {"device": instance, **options}
+    factory = _factory(base)
+    try:
+        inspect.signature(factory).bind(**options)
+    except TypeError as error:
+        raise OptionError(f"target {base}: {error}", hint=f"it takes {_options(factory)}") from error
+    target: Target = factory(**options)
+    return target
+
+
+def devices() -> list[Device]:
+    """Lists what is attached or set up, and in which state; nothing here raises because a device is absent."""
+    found: list[Device] = []
+    for lister in _LISTERS:
+        found += _load(lister)()
+    return found
+
+
+def _factory(name: str) -> Callable[..., Any]:
+    if name in _BUILT_IN:
+        return _load(_BUILT_IN[name])
+    for point in entry_points(group=ENTRY_POINT_GROUP):
+        if point.name == name:
+            loaded: Callable[..., Any] = point.load()
+            return loaded
+    close = get_close_matches(name, names(), n=1, cutoff=0.5)
+    hint = f"did you mean '{close[0]}'?" if close else f"known targets: {', '.join(names())}"
+    raise UnknownTargetError(f"no target is named '{name}'", hint=hint)
+
+
+def _load(reference: str) -> Callable[..., Any]:
+    module, _, attribute = reference.partition(":")
+    loaded: Callable[..., Any] = getattr(import_module(module), attribute)
+    return loaded
+
+
+def _options(factory: Callable[..., Any]) -> str:
+    return ", ".join(inspect.signature(factory).parameters) or "no options"

@@ -1,0 +1,169 @@
+"""Compares two measurements: the ratio of their times, and how sure one can be of it.
+
+The spread from process to process exceeds the spread inside one, so the bootstrap has two levels: processes first,
+then runs inside each (Davison and Hinkley, Bootstrap Methods and their Application, 1997, section 3.8). With the few
+processes that anyone has patience for, percentile intervals are too short: resampling n values loses the factor
+(n-1)/n of their variance and ignores that it was estimated. Both are made good by widening around the estimate by
+sqrt(n/(n-1)) * t[n-1] / z (Hesterberg, What Teachers Should Know About the Bootstrap, 2015, section 4).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from targets.base import Measurement
+from targets.errors import StatsError
+
+__all__ = ["Ratio", "ratio_interval"]
+
+RESAMPLES = 2000
+_Z = 1.959963984540054
+# Student's t at 97.5% for 1..30 degrees of freedom (any statistics table).
+_T = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Cost of `other` divided by cost of the baseline: under 1 means that `other` is cheaper.
+
+    Attributes:
+        ratio: The estimate.
+        low, high: Its 95% interval; equal to the estimate for a cost that is counted, not timed.
+        metric: What was compared: ``time``, ``instructions`` or ``cycles``.
+        paired: Whether runs were compared with their neighbours in time.
+        processes: Number of processes that the interval rests on.
+    """
+
+    ratio: float
+    low: float
+    high: float
+    metric: Literal["time", "instructions", "cycles"] = "time"
+    paired: bool = True
+    processes: int = 1
+
+    @property
+    def difference_shown(self) -> bool:
+        """Whether the interval leaves out 1."""
+        return self.high < 1.0 or self.low > 1.0
+
+    @property
+    def verdict(self) -> str:
+        """One short phrase: how much less or more, or ``no difference shown``."""
+        if not self.difference_shown:
+            return "no difference shown"
+        less, more = ("faster", "slower") if self.metric == "time" else ("fewer", "more")
+        if self.ratio < 1:
+            return f"{1 - self.ratio:.1%} {less}" if self.metric != "time" else f"{1 - self.ratio:.1%} less time"
+        return f"{self.ratio - 1:.1%} {more}" if self.metric != "time" else f"{self.ratio - 1:.1%} more time"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns plain values fit for JSON, with the verdict."""
+        return {**asdict(self), "difference_shown": self.difference_shown, "verdict": self.verdict}
+
+    def __str__(self) -> str:
+        caveat = ""
+        if self.metric == "time" and self.processes == 1:
+            caveat = "; one process only, the spread between processes is not in the interval"
+        return f"{self.ratio:.3f} (95% {self.low:.3f}–{self.high:.3f}): {self.verdict}{caveat}"
+
+
+def ratio_interval(baseline: Measurement, other: Measurement, *, resamples: int = RESAMPLES, seed: int = 0) -> Ratio:
+    """Compares two measurements by run time, else by instructions, else by cycles.
+
+    Rows whose runs were interleaved are compared pair by pair (a quad A B B A at a time, which cancels a linear drift
+    and the cost of finding the other model's data in the cache); others are compared median by median.
+
+    Args:
+        baseline: The measurement in the denominator.
+        other: The measurement in the numerator.
+        resamples: Number of bootstrap samples.
+        seed: Seed of the bootstrap; the same seed gives the same interval.
+
+    Raises:
+        StatsError: If either row is a failure, or they share no figure.
+    """
+    for row in (baseline, other):
+        if row.failure:
+            raise StatsError(f"{row.target} has no figure for {row.model}: {row.invalid_reason}")
+    if baseline.samples_ms and other.samples_ms:
+        return _time_ratio(baseline, other, resamples, np.random.default_rng(seed))
+    if baseline.instructions is not None and other.instructions is not None:
+        return _counted(baseline.instructions, other.instructions, "instructions")
+    if baseline.cycles is not None and other.cycles is not None:
+        return _counted(baseline.cycles, other.cycles, "cycles")
+    raise StatsError(
+        f"{baseline.model} ({baseline.target}) and {other.model} ({other.target}) share no figure to compare",
+        hint="measure both files on the same target",
+    )
+
+
+def _counted(baseline: float, other: float, metric: Literal["instructions", "cycles"]) -> Ratio:
+    if baseline <= 0 or other <= 0:
+        raise StatsError(f"{metric} must be positive, found {baseline} and {other}")
+    ratio = other / baseline
+    return Ratio(ratio, ratio, ratio, metric=metric, paired=False)
+
+
+def _time_ratio(baseline: Measurement, other: Measurement, resamples: int, generator: np.random.Generator) -> Ratio:
+    paired = bool(baseline.interleaved_with) and baseline.interleaved_with == other.interleaved_with
+    if paired:
+        blocks = [_quads(a, b) for a, b in zip(baseline.samples_ms, other.samples_ms, strict=True)]
+        centre = float(np.mean([np.median(block) for block in blocks]))
+        draws = _bootstrap(blocks, resamples, generator)
+        factor = _widening(len(blocks))
+        processes = len(blocks)
+    else:
+        logs = [[np.log(np.asarray(p)) for p in row.samples_ms] for row in (baseline, other)]
+        centre = float(np.mean([np.median(p) for p in logs[1]]) - np.mean([np.median(p) for p in logs[0]]))
+        draws = _bootstrap(logs[1], resamples, generator) - _bootstrap(logs[0], resamples, generator)
+        processes = min(len(logs[0]), len(logs[1]))
+        factor = _widening(processes)
+    low, high = (float(value) for value in np.percentile(draws, [2.5, 97.5]))
+    return Ratio(
+        ratio=math.exp(centre),
+        low=math.exp(centre - factor * max(centre - low, 0.0)),
+        high=math.exp(centre + factor * max(high - centre, 0.0)),
+        paired=paired,
+        processes=processes,
+    )
+
+
+def _quads(baseline: Sequence[float], other: Sequence[float]) -> NDArray[np.float64]:
+    """Log ratio of each A B B A quad: runs 2k and 2k+1 of either file. A single run stands for itself."""
+    a, b = np.asarray(baseline, dtype=np.float64), np.asarray(other, dtype=np.float64)
+    if len(a) != len(b):
+        raise StatsError(f"interleaved rows have {len(a)} and {len(b)} runs in one process")
+    if len(a) > 1:
+        even = len(a) - len(a) % 2
+        a, b = a[:even].reshape(-1, 2).sum(axis=1), b[:even].reshape(-1, 2).sum(axis=1)
+    return np.asarray(np.log(b / a), dtype=np.float64)
+
+
+def _bootstrap(
+    blocks: Sequence[NDArray[np.float64]], resamples: int, generator: np.random.Generator
+) -> NDArray[np.float64]:
+    """Draws processes, then runs inside each drawn one; returns the mean of the medians, shape [resamples]."""
+    medians = np.empty((resamples, len(blocks)))
+    chosen = generator.integers(len(blocks), size=(resamples, len(blocks)))
+    for which, block in enumerate(blocks):
+        rows, columns = np.nonzero(chosen == which)
+        picks = generator.integers(len(block), size=(len(rows), len(block)))
+        medians[rows, columns] = np.median(block[picks], axis=1)
+    return np.asarray(medians.mean(axis=1), dtype=np.float64)
+
+
+def _widening(processes: int) -> float:
+    """Factor from a percentile interval to one that is honest for so few processes; 1 for one process."""
+    if processes < 2:
+        # The spread between processes cannot be estimated from one; `Ratio.__str__` says so.
+        return 1.0
+    freedom = processes - 1
+    t = _T[freedom - 1] if freedom <= len(_T) else _Z
+    return math.sqrt(processes / freedom) * t / _Z
