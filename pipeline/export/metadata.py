@@ -1,0 +1,118 @@
+"""What a file says about itself: labels, preprocessing, recipe, fold list, licence, inside the file.
+
+A `.tflite` file carries it as the named metadata entry ``layerfold`` (UTF-8 JSON), an `.onnx` file as the
+`metadata_props` entry of the same name. Runtimes ignore both.
+"""
+
+__all__ = ["ENTRY", "read", "write"]
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import ExportError
+from pipeline.export import flatbuffer
+from pipeline.export.extras import require
+from pipeline.export.quiet import quietly
+from pipeline.export.writing import replacing
+
+ENTRY = "layerfold"
+
+
+def write(path: Path | str, content: Mapping[str, Any]) -> None:
+    """Writes `content` into a `.tflite` or `.onnx` file in place of what an earlier call wrote.
+
+    Args:
+        path: The file; it is replaced whole.
+        content: JSON-ready values.
+
+    Raises:
+        ExportError: The file is missing, damaged or of another format, or `content` is not JSON.
+    """
+    file = Path(path)
+    try:
+        text = json.dumps(dict(content), sort_keys=True, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ExportError(f"the metadata of {file.name} is not JSON: {error}") from error
+    _choose(file, _write_tflite, _write_onnx)(file, text)
+
+
+def read(path: Path | str) -> dict[str, Any]:
+    """The metadata of a `.tflite` or `.onnx` file; empty where it has none.
+
+    Raises:
+        ExportError: The file is missing, damaged or of another format.
+    """
+    file = Path(path)
+    text = _choose(file, _read_tflite, _read_onnx)(file)
+    if text is None:
+        return {}
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise ExportError(f"the metadata of {file.name} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ExportError(f"the metadata of {file.name} is {type(content).__name__}, expected an object")
+    return content
+
+
+def _choose(file: Path, tflite: Any, onnx: Any) -> Any:
+    if file.suffix == ".tflite":
+        return tflite
+    if file.suffix == ".onnx":
+        return onnx
+    raise ExportError(f"'{file.suffix}' files carry no metadata ({file.name})", hint="expected .tflite or .onnx")
+
+
+def _write_tflite(file: Path, text: str) -> None:
+    schema = require("ai_edge_litert.schema_py_generated", extra="tflite")
+    model = flatbuffer.read(file)
+    data = list(text.encode())
+    for entry in model.metadata or []:
+        if entry.name == ENTRY.encode():
+            model.buffers[entry.buffer].data = data
+            break
+    else:
+        buffer = schema.BufferT()
+        buffer.data = data
+        model.buffers.append(buffer)
+        entry = schema.MetadataT()
+        entry.name = ENTRY.encode()
+        entry.buffer = len(model.buffers) - 1
+        model.metadata = [*(model.metadata or []), entry]
+    flatbuffer.write(model, file)
+
+
+def _read_tflite(file: Path) -> str | None:
+    model = flatbuffer.read(file)
+    for entry in model.metadata or []:
+        if entry.name == ENTRY.encode():
+            return bytes(bytearray(model.buffers[entry.buffer].data)).decode()
+    return None
+
+
+def _load_onnx(file: Path) -> Any:
+    onnx = require("onnx", extra="onnx")
+    if not file.is_file():
+        raise ExportError(f"no such file: {file}", hint="export it first")
+    with quietly(f"read {file.name}", hint="the file is damaged: export it again"):
+        return onnx.load_model(str(file))
+
+
+def _write_onnx(file: Path, text: str) -> None:
+    onnx = require("onnx", extra="onnx")
+    model = _load_onnx(file)
+    kept = [(entry.key, entry.value) for entry in model.metadata_props if entry.key != ENTRY]
+    del model.metadata_props[:]
+    for key, value in [*kept, (ENTRY, text)]:
+        model.metadata_props.add(key=key, value=value)
+    with replacing(file) as temporary, quietly(f"write {file.name}"):
+        onnx.save_model(model, str(temporary))
+
+
+def _read_onnx(file: Path) -> str | None:
+    for entry in _load_onnx(file).metadata_props:
+        if entry.key == ENTRY:
+            return str(entry.value)
+    return None

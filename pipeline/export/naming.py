@@ -1,0 +1,87 @@
+"""Gives the tensors of a `.tflite` file the layer names of the network it came from.
+
+The converter names tensors after its own wrapper classes and numbers them. With the model's layer names in the file
+a profile, a census or a quantisation table can be read: ``blocks.3.2.conv_dw`` instead of ``Conv2d_conv_dw;36``.
+"""
+
+__all__ = ["name_tensors"]
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import fx, nn
+
+from pipeline.export import flatbuffer
+
+
+def name_tensors(path: Path | str, network: fx.GraphModule) -> int:
+    """Renames the tensors of a float32 file in place.
+
+    A layer is recognised by its weights, byte for byte; equal weights are told apart by their order. The output of
+    a layer (after its fused activation) takes the layer's name, its constants ``name/weight`` and ``name/bias``,
+    anything else ``<operator>_<n>``.
+
+    Args:
+        path: The file that was converted from `network`.
+        network: The network that `pipeline.export.lowering.lower` returned.
+
+    Returns:
+        How many layers were recognised.
+    """
+    model = flatbuffer.read(path)
+    graph = model.subgraphs[0]
+    layers = _layers_by_weight(network)
+    names: dict[int, str] = {}
+    numbers: dict[str, int] = defaultdict(int)
+    found = 0
+    for operator in graph.operators:
+        kind = flatbuffer.operator_name(model, operator)
+        weight = _weight(model, graph, operator, kind)
+        queue = layers.get(weight.tobytes(), []) if weight is not None else []
+        if queue:
+            name, found = queue.pop(0), found + 1
+            for index, part in zip(operator.inputs[1:], ("weight", "bias"), strict=False):
+                if index >= 0:
+                    # Two layers may share one bias buffer, most often a zero one: the first names it.
+                    names.setdefault(int(index), f"{name}/{part}")
+        else:
+            name = f"{kind.lower()}_{numbers[kind]}"
+            numbers[kind] += 1
+        for index in operator.outputs:
+            names[int(index)] = name
+    for index, label in [(graph.inputs[0], "image"), (graph.outputs[0], "logits")]:
+        names[int(index)] = label
+    for index, tensor in enumerate(graph.tensors):
+        tensor.name = names.get(index, f"constant_{index}").encode()
+    flatbuffer.write(model, path)
+    return found
+
+
+def _layers_by_weight(network: fx.GraphModule) -> dict[bytes, list[str]]:
+    layers: dict[bytes, list[str]] = defaultdict(list)
+    for node in network.graph.nodes:
+        if node.op != "call_module":
+            continue
+        layer = network.get_submodule(str(node.target))
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            layers[_file_order(layer).tobytes()].append(str(node.target))
+    return layers
+
+
+def _file_order(layer: nn.Conv2d | nn.Linear) -> npt.NDArray[np.float32]:
+    weight = layer.weight.detach().numpy().astype(np.float32)
+    if isinstance(layer, nn.Linear):
+        return weight
+    depthwise = layer.groups == layer.in_channels and layer.groups > 1
+    # TFLite keeps CONV_2D weights as [O, H, W, I] and DEPTHWISE_CONV_2D weights as [1, H, W, C].
+    order = weight.transpose(1, 2, 3, 0) if depthwise else weight.transpose(0, 2, 3, 1)
+    return np.ascontiguousarray(order)
+
+
+def _weight(model: Any, graph: Any, operator: Any, kind: str) -> npt.NDArray[Any] | None:
+    if kind not in {"CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED"}:
+        return None
+    return flatbuffer.constant(model, graph.tensors[operator.inputs[1]])

@@ -1,0 +1,119 @@
+"""Looks inside a file while it runs: the value of every intermediate tensor, by name."""
+
+__all__ = ["Observer", "Observation", "observe_onnx", "observe_tflite"]
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.export import flatbuffer
+from pipeline.export.extras import require
+from pipeline.export.quiet import quietly
+
+Observation = Mapping[str, npt.NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Observer:
+    """A file opened for watching.
+
+    Attributes:
+        watch: Runs one batch [N, C, H, W] of the file's own batch size and returns every float tensor that was
+            computed, real-valued also where the file is quantised. The arrays are copies.
+        batch: The file's batch size.
+        ends: Names of the graph's input and output tensors.
+    """
+
+    watch: Callable[[npt.NDArray[np.float32]], Observation]
+    batch: int
+    ends: tuple[str, ...]
+
+
+def observe_tflite(path: Path | str, threads: int = 2) -> Observer:
+    """Opens a `.tflite` file so that intermediate tensors outlive the inference.
+
+    Raises:
+        ExportError: The file is missing or damaged, or the `tflite` extra is not installed.
+    """
+    file = Path(path)
+    computed = _computed_tensors(file)
+    runtime = require("ai_edge_litert.interpreter", extra="tflite")
+    with quietly(f"open {file.name} with LiteRT"):
+        interpreter = runtime.Interpreter(
+            model_path=str(file), num_threads=threads, experimental_preserve_all_tensors=True
+        )
+        interpreter.allocate_tensors()
+        source, target = interpreter.get_input_details()[0], interpreter.get_output_details()[0]
+        details = [item for item in interpreter.get_tensor_details() if item["name"] in computed]
+
+    def watch(images: npt.NDArray[np.float32]) -> Observation:
+        interpreter.set_tensor(source["index"], _encode(images.transpose(0, 2, 3, 1), source))
+        interpreter.invoke()
+        return {item["name"]: _decode(interpreter.get_tensor(item["index"]), item) for item in details}
+
+    return Observer(watch, int(source["shape"][0]), (source["name"], target["name"]))
+
+
+def _computed_tensors(file: Path) -> set[str]:
+    model = flatbuffer.read(file)
+    graph = model.subgraphs[0]
+    indices = {int(index) for operator in graph.operators for index in operator.outputs}
+    indices.update(int(index) for index in graph.inputs)
+    return {
+        flatbuffer.tensor_name(graph.tensors[index])
+        for index in indices
+        if flatbuffer.type_name(graph.tensors[index].type) in {"FLOAT32", "INT8", "UINT8"}
+    }
+
+
+def _encode(images: npt.NDArray[np.float32], details: dict[str, Any]) -> npt.NDArray[Any]:
+    scale, zero_point = details["quantization"]
+    kind = np.dtype(details["dtype"])
+    if kind == np.float32:
+        return np.ascontiguousarray(images)
+    limits = np.iinfo(kind)
+    steps: npt.NDArray[np.float32] = np.rint(images / np.float32(scale)) + np.float32(zero_point)
+    return steps.clip(limits.min, limits.max).astype(kind)
+
+
+def _decode(values: npt.NDArray[Any], details: dict[str, Any]) -> npt.NDArray[np.float32]:
+    if values.dtype == np.float32:
+        return values
+    scale, zero_point = details["quantization"]
+    return (values.astype(np.float32) - np.float32(zero_point)) * np.float32(scale)
+
+
+def observe_onnx(path: Path | str, threads: int = 2) -> Observer:
+    """Opens an `.onnx` file with every float tensor as an extra output.
+
+    Raises:
+        ExportError: The file is missing or damaged, or the `onnx` extra is not installed.
+    """
+    file = Path(path)
+    onnx, runtime = require("onnx", extra="onnx"), require("onnxruntime", extra="onnx")
+    with quietly(f"open {file.name} with ONNX Runtime"):
+        model = onnx.shape_inference.infer_shapes(onnx.load_model(str(file)))
+        floats = [
+            value for value in model.graph.value_info if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+        ]
+        graph_outputs = {value.name for value in model.graph.output}
+        constants = {value.name for value in model.graph.initializer}
+        watched = [value for value in floats if value.name not in graph_outputs | constants]
+        model.graph.output.extend(watched)
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        session = runtime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        source = session.get_inputs()[0]
+        names = [value.name for value in session.get_outputs()]
+
+    def watch(images: npt.NDArray[np.float32]) -> Observation:
+        images = np.ascontiguousarray(images)
+        values = dict(zip(names, session.run(None, {source.name: images}), strict=True))
+        return {source.name: images, **values}
+
+    return Observer(watch, int(source.shape[0]), (source.name, names[0]))

@@ -1,0 +1,185 @@
+"""Post-training quantisation of exported files: static int8, dynamic int8 and float16, TFLite and ONNX."""
+
+__all__ = ["onnx_int8", "tflite_int8"]
+
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.errors import ExportError
+from pipeline.export import flatbuffer
+from pipeline.export.extras import require
+from pipeline.export.observe import observe_onnx, observe_tflite
+from pipeline.export.quiet import quietly
+from pipeline.export.ranges import Range, activation_ranges
+from pipeline.export.tflite import ExportInfo
+from pipeline.export.writing import replacing
+
+Calibration = Iterable[npt.NDArray[np.float32]]
+
+
+def tflite_int8(
+    fp32_path: Path | str,
+    out_path: Path | str,
+    calibration: Calibration,
+    *,
+    ranges: str = "minmax",
+    percentile: float = 99.99,
+    per_channel: bool = True,
+    float_layers: Iterable[str] = (),
+    float_io: bool = False,
+) -> ExportInfo:
+    """Quantises a float `.tflite` file to int8 weights and activations.
+
+    Args:
+        fp32_path: The float file that `pipeline.export.tflite.export_fp32` wrote.
+        out_path: Where to write.
+        calibration: Normalised images, batches [N, C, H, W] of any N, read once.
+        ranges: How activation ranges are chosen: ``minmax``, ``percentile`` or ``mse``. The quantiser's own
+            calibration is a moving average that clips what late images show; it is not used.
+        percentile: The share of values kept by ``percentile``, in per cent.
+        per_channel: One weight scale per output channel; one per tensor otherwise.
+        float_layers: Names of layers or units that stay float32, such as ``"blocks.3.2"``.
+        float_io: Whether input and output stay float32 (a QUANTIZE and a DEQUANTIZE operator are added).
+
+    Raises:
+        ExportError: The file or the calibration images are unfit, or the quantiser fails; no file is left.
+    """
+    source, target = Path(fp32_path), Path(out_path)
+    started = time.perf_counter()
+    observer = observe_tflite(source)
+    spans = activation_ranges(observer, calibration, method=ranges, percentile=percentile)
+    kept = _float_tensors(float_layers, spans)
+    doing = f"quantise {source.name} to int8"
+    with quietly(doing):
+        quantizer_module = require("ai_edge_quantizer.quantizer", extra="tflite")
+        qtyping = require("ai_edge_quantizer.qtyping", extra="tflite")
+        version = require("importlib.metadata", extra="tflite").version("ai-edge-quantizer")
+        quantizer = quantizer_module.Quantizer(str(source))
+        operations = qtyping.TFLOperationName
+        granularity = qtyping.QuantGranularity
+        quantizer.add_static_config(
+            regex=".*",
+            operation_name=operations.ALL_SUPPORTED,
+            activation_num_bits=8,
+            weight_num_bits=8,
+            weight_granularity=granularity.CHANNELWISE if per_channel else granularity.TENSORWISE,
+        )
+        never = quantizer_module.AlgorithmName.NO_QUANTIZE
+        if float_io:
+            for operation in (operations.INPUT, operations.OUTPUT):
+                quantizer.update_quantization_recipe(".*", operation, algorithm_key=never)
+        for expression in kept:
+            quantizer.update_quantization_recipe(expression, operations.ALL_SUPPORTED, algorithm_key=never)
+        statistics = {name: _statistics(span) for name, span in spans.items()}
+        content = quantizer.quantize(statistics, enable_progress_report=False).quantized_model
+    with replacing(target) as temporary:
+        temporary.write_bytes(bytes(content))
+        # The quantiser appends the weights behind the tree; older runtimes only read them inside it.
+        flatbuffer.write(flatbuffer.read(temporary), temporary)
+    notes = [f"{ranges} ranges", "per-channel weights" if per_channel else "per-tensor weights"]
+    if kept:
+        notes.append(f"float32: {', '.join(sorted(float_layers))}")
+    return ExportInfo.of(target, converter=f"ai-edge-quantizer {version}", since=started, notes=tuple(notes))
+
+
+def _statistics(span: Range) -> dict[str, npt.NDArray[np.float32]]:
+    return {"min": np.full((1, 1, 1, 1), span.low, np.float32), "max": np.full((1, 1, 1, 1), span.high, np.float32)}
+
+
+def _float_tensors(float_layers: Iterable[str], spans: dict[str, Range]) -> list[str]:
+    """Regular expressions that match exactly the output tensors of the named layers or units."""
+    expressions = []
+    for name in float_layers:
+        inside = [tensor for tensor in spans if tensor == name or tensor.startswith(f"{name}.")]
+        if not inside:
+            known = sorted({tensor.rsplit(".", 1)[0] for tensor in spans if "." in tensor})
+            raise ExportError(
+                f"no layer of the file is called '{name}' or lies inside it",
+                hint=f"name a layer or a unit of it, such as {', '.join(known[:4])}",
+            )
+        escaped = [tensor.replace(".", r"\.") for tensor in inside]
+        # The quantiser matches a scope that ends with a semicolon.
+        expressions += [f"^{tensor};?$" for tensor in escaped]
+    return expressions
+
+
+def onnx_int8(
+    fp32_path: Path | str,
+    out_path: Path | str,
+    calibration: Calibration,
+    *,
+    ranges: str = "minmax",
+    percentile: float = 99.99,
+    per_channel: bool = True,
+    float_layers: Iterable[str] = (),
+) -> ExportInfo:
+    """Quantises a float `.onnx` file to QDQ form: uint8 activations, int8 weights (u8s8).
+
+    The arguments are those of `tflite_int8`; input and output stay float32.
+
+    Raises:
+        ExportError: The file or the calibration images are unfit, or the quantiser fails; no file is left.
+    """
+    source, target = Path(fp32_path), Path(out_path)
+    started = time.perf_counter()
+    observer = observe_onnx(source)
+    spans = activation_ranges(observer, calibration, method=ranges, percentile=percentile)
+    onnx = require("onnx", extra="onnx")
+    runtime = require("onnxruntime", extra="onnx")
+    tools = require("onnxruntime.quantization", extra="onnx")
+    doing = f"quantise {source.name} to int8"
+    with replacing(target) as temporary, tempfile.TemporaryDirectory() as folder, quietly(doing):
+        model = onnx.load_model(str(source))
+        cache = Path(folder) / "ranges.json"
+        _write_cache(cache, spans)
+        tools.quantize_static(
+            str(source),
+            str(temporary),
+            None,
+            quant_format=tools.QuantFormat.QDQ,
+            per_channel=per_channel,
+            activation_type=tools.QuantType.QUInt8,
+            weight_type=tools.QuantType.QInt8,
+            nodes_to_exclude=_float_nodes(float_layers, model),
+            calibration_cache_path=str(cache),
+        )
+        onnx.checker.check_model(str(temporary))
+    notes = [f"{ranges} ranges", "per-channel weights" if per_channel else "per-tensor weights"]
+    if list(float_layers):
+        notes.append(f"float32: {', '.join(sorted(float_layers))}")
+    return ExportInfo.of(
+        target, converter=f"onnxruntime {runtime.__version__} static QDQ", since=started, notes=tuple(notes)
+    )
+
+
+def _write_cache(path: Path, spans: dict[str, Range]) -> None:
+    """Hands the ranges over in the form in which ONNX Runtime reads its own calibration back."""
+    calibrate = require("onnxruntime.quantization.calibrate", extra="onnx")
+    data = {
+        name: calibrate.TensorData(lowest=np.float32(span.low), highest=np.float32(span.high))
+        for name, span in spans.items()
+    }
+    calibrate.save_tensors_data(calibrate.TensorsData(calibrate.CalibrationMethod.MinMax, data), path)
+
+
+def _float_nodes(float_layers: Iterable[str], model: Any) -> list[str]:
+    nodes = []
+    for name in float_layers:
+        inside = [
+            node.name
+            for node in model.graph.node
+            if any(weight == f"{name}.weight" or weight.startswith(f"{name}.") for weight in node.input)
+        ]
+        if not inside:
+            raise ExportError(
+                f"no layer of the file is called '{name}' or lies inside it",
+                hint="name a layer or a unit of the model, such as blocks.3.2",
+            )
+        nodes += inside
+    return nodes

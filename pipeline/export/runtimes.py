@@ -1,0 +1,181 @@
+"""Runs exported files through the runtimes that ship them: LiteRT and ONNX Runtime."""
+
+__all__ = ["Predictor", "open_model"]
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.errors import ExportError
+from pipeline.export import metadata
+from pipeline.export.extras import require
+from pipeline.export.quiet import quietly
+
+Images = npt.NDArray[np.float32]
+Logits = npt.NDArray[np.float32]
+
+
+class Predictor(Protocol):
+    """One opened file."""
+
+    def predict(self, batch: Images) -> Logits:
+        """Normalised images [N, C, H, W] to logits [N, classes], N as the caller likes, float32 both."""
+        ...
+
+
+def open_model(path: Path | str, threads: int = 2) -> Predictor:
+    """Opens a `.tflite` or `.onnx` file with its runtime, chosen by the suffix.
+
+    The predictor hides what differs between files: the layout (NHWC or NCHW), the batch size written into the
+    file, int8 or uint8 inputs and outputs. A file that takes raw uint8 pixels is given the pixels that its own
+    metadata says the normalised images came from.
+
+    Args:
+        path: The file.
+        threads: Threads of one inference.
+
+    Raises:
+        ExportError: The file is missing, damaged, of another format, or needs an extra that is not installed.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ExportError(f"no such file: {file}", hint="export it first")
+    if file.suffix == ".tflite":
+        return _File(file, *_open_tflite(file, threads))
+    if file.suffix in {".onnx", ".ort"}:
+        return _File(file, *_open_onnx(file, threads))
+    raise ExportError(f"no runtime for '{file.suffix}' ({file.name})", hint="expected .tflite, .onnx or .ort")
+
+
+class _Port:
+    """One input or output of a file: its shape, type and quantisation."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: Any, scale: float = 0.0, zero_point: int = 0) -> None:
+        self.shape = shape
+        self.dtype = np.dtype(dtype)
+        self.scale = scale
+        self.zero_point = zero_point
+
+    def encode(self, values: Images) -> npt.NDArray[Any]:
+        if not np.issubdtype(self.dtype, np.integer):
+            return values.astype(self.dtype)
+        limits = np.iinfo(self.dtype)
+        steps: npt.NDArray[np.float32] = np.rint(values / np.float32(self.scale)) + np.float32(self.zero_point)
+        return steps.clip(limits.min, limits.max).astype(self.dtype)
+
+    def decode(self, values: npt.NDArray[Any]) -> Logits:
+        if not np.issubdtype(self.dtype, np.integer):
+            return values.astype(np.float32)
+        return (values.astype(np.float32) - np.float32(self.zero_point)) * np.float32(self.scale)
+
+
+_Invoke = Callable[[npt.NDArray[Any]], npt.NDArray[Any]]
+
+
+class _File:
+    """A predictor over one compiled inference of a fixed batch size."""
+
+    def __init__(self, path: Path, invoke: _Invoke, source: _Port, target: _Port, channels_last: bool) -> None:
+        self._path = path
+        self._invoke = invoke
+        self._source = source
+        self._target = target
+        self._channels_last = channels_last
+        self._pixels = _pixel_map(path, source, channels_last)
+
+    def predict(self, batch: Images) -> Logits:
+        if batch.ndim != 4:
+            raise ExportError(f"{self._path.name} was given shape {batch.shape}", hint="pass images as [N, C, H, W]")
+        images = np.asarray(batch, dtype=np.float32)
+        if self._channels_last:
+            images = images.transpose(0, 2, 3, 1)
+        if images.shape[1:] != self._source.shape[1:]:
+            layout = "[H, W, C]" if self._channels_last else "[C, H, W]"
+            raise ExportError(
+                f"{self._path.name} takes images of {layout} {self._source.shape[1:]}, was given {images.shape[1:]}",
+                hint="use the resolution and channels that the file was exported with",
+            )
+        encoded = self._pixels(images) if self._pixels else self._source.encode(images)
+        step = self._source.shape[0]
+        outputs = [self._run(encoded[start : start + step], step) for start in range(0, len(encoded), step)]
+        if not outputs:
+            return np.empty((0, *self._target.shape[1:]), dtype=np.float32)
+        return self._target.decode(np.concatenate(outputs))
+
+    def _run(self, images: npt.NDArray[Any], step: int) -> npt.NDArray[Any]:
+        missing = step - len(images)
+        if missing:
+            images = np.concatenate([images, np.repeat(images[-1:], missing, axis=0)])
+        return self._invoke(np.ascontiguousarray(images))[: step - missing]
+
+
+def _pixel_map(path: Path, source: _Port, channels_last: bool) -> Callable[[Images], npt.NDArray[Any]] | None:
+    """How normalised images become the raw pixels that a uint8 file takes; None for other files."""
+    if source.dtype != np.uint8:
+        return None
+    spec = metadata.read(path).get("input")
+    if not isinstance(spec, dict) or spec.get("values") != "pixels":
+        return None
+    shape = (1, 1, 1, -1) if channels_last else (1, -1, 1, 1)
+    mean, std = (np.asarray(spec[key], dtype=np.float32).reshape(shape) for key in ("mean", "std"))
+    return lambda images: np.clip(np.rint((images * std + mean) * 255.0), 0, 255).astype(np.uint8)
+
+
+def _open_tflite(path: Path, threads: int) -> tuple[_Invoke, _Port, _Port, bool]:
+    runtime = require("ai_edge_litert.interpreter", extra="tflite")
+    hint = "the file is damaged or was not written to its end: export it again"
+    with quietly(f"open {path.name} with LiteRT", hint=hint):
+        interpreter = runtime.Interpreter(model_path=str(path), num_threads=threads)
+        interpreter.allocate_tensors()
+        source, target = interpreter.get_input_details()[0], interpreter.get_output_details()[0]
+
+    def invoke(images: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        interpreter.set_tensor(source["index"], images)
+        interpreter.invoke()
+        result: npt.NDArray[Any] = interpreter.get_tensor(target["index"])
+        return result
+
+    return invoke, _tflite_port(source), _tflite_port(target), True
+
+
+def _tflite_port(details: dict[str, Any]) -> _Port:
+    scale, zero_point = details["quantization"]
+    return _Port(tuple(int(size) for size in details["shape"]), details["dtype"], scale, zero_point)
+
+
+_ONNX_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
+
+
+def _open_onnx(path: Path, threads: int) -> tuple[_Invoke, _Port, _Port, bool]:
+    runtime = require("onnxruntime", extra="onnx")
+    hint = "the file is damaged or was not written to its end: export it again"
+    with quietly(f"open {path.name} with ONNX Runtime", hint=hint):
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        # x86 without VNNI multiplies uint8 by int8 with saturating 16-bit sums unless told otherwise. Phones do
+        # not saturate, so without this a correct file would look wrong on such a machine.
+        options.add_session_config_entry("session.x64quantprecision", "1")
+        session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        source, target = session.get_inputs()[0], session.get_outputs()[0]
+
+    def invoke(images: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        result: npt.NDArray[Any] = session.run(None, {source.name: images})[0]
+        return result
+
+    channels_last = metadata.read(path).get("input", {}).get("layout") == "NHWC"
+    return invoke, _onnx_port(path, source), _onnx_port(path, target), channels_last
+
+
+def _onnx_port(path: Path, value: Any) -> _Port:
+    kind = _ONNX_TYPES.get(value.type)
+    if kind is None or not all(isinstance(size, int) for size in value.shape):
+        raise ExportError(
+            f"{path.name}: '{value.name}' is {value.type} {value.shape}, expected float or uint8 of a fixed shape",
+            hint="export the model with static shapes",
+        )
+    return _Port(tuple(value.shape), kind)

@@ -1,0 +1,47 @@
+"""One conversion of each model, shared by all tests: a real one costs ten seconds and more."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import TinyNet, images, tiny_net
+
+from pipeline.export import onnx, quantize, tflite
+
+
+@pytest.fixture(scope="session")
+def network() -> TinyNet:
+    return tiny_net()
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory, network: TinyNet) -> dict[str, Path]:
+    """The tiny network as float and int8 files of both formats."""
+    folder = tmp_path_factory.mktemp("exported")
+    example = torch.from_numpy(images(1))
+    calibration = images(64, seed=1)
+    paths = {
+        "tflite": folder / "tiny.tflite",
+        "onnx": folder / "tiny.onnx",
+        "tflite_int8": folder / "tiny.int8.tflite",
+        "onnx_int8": folder / "tiny.int8.onnx",
+    }
+    tflite.export_fp32(network, example, paths["tflite"])
+    onnx.export_fp32(network, example, paths["onnx"])
+    quantize.tflite_int8(paths["tflite"], paths["tflite_int8"], [calibration])
+    quantize.onnx_int8(paths["onnx"], paths["onnx_int8"], [calibration])
+    return paths
+
+
+@pytest.fixture(scope="session")
+def reference(network: TinyNet) -> Callable[[np.ndarray], np.ndarray]:
+    """The network's logits in float64: the judge of every file."""
+    double = tiny_net().double()
+
+    def logits(batch: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            return double(torch.from_numpy(batch).double()).numpy()
+
+    return logits
