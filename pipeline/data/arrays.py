@@ -145,7 +145,7 @@ def _prepared(
     holdout: float,
 ) -> tuple[Labels, Bytes, Labels]:
     images, labels = _loaded(name, location, "test" if split == "eval" else "train")
-    positions = np.arange(len(images), dtype=np.int64)
+    positions: Labels = np.arange(len(images), dtype=np.int64)
     if split != "eval" and holdout > 0:
         kept, held = splits.hold_out(splits.content_keys(image.data for image in images), holdout)
         positions = held if split == "select" else kept
@@ -166,9 +166,9 @@ def _loaded(name: str, location: Path, part: str) -> tuple[Bytes, Labels]:
     images, labels = entry.load(location, part)
     if len(images) == 0:
         raise DataError(f"{entry.title} in {location} holds no {part} images")
-    if labels.min() < 0 or labels.max() >= entry.classes:
+    if labels.max() >= entry.classes:
         raise DataError(
-            f"{entry.title} in {location} has labels {labels.min()} to {labels.max()}, expected 0 to {entry.classes - 1}",
+            f"{entry.title} in {location} has labels up to {labels.max()}, expected 0 to {entry.classes - 1}",
             hint="point data.root at the folder of this data set",
         )
     return images, labels

@@ -1,7 +1,8 @@
 """Fetches a Debian package's files without installing it, as any user.
 
-apt works in a state folder of our own below the cache, with the machine's own sources and keys, so neither root nor the
-system's package lists are needed. Size and SHA-256 are checked against apt's signed metadata before the archive is opened.
+apt works in a state folder of our own below the cache, with the machine's own sources and keys, so neither root nor
+the system's package lists are needed. Size and SHA-256 are checked against apt's signed metadata before the archive
+is opened.
 """
 
 __all__ = ["Package", "obtain", "unavailable", "unpacked"]

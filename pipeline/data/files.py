@@ -39,9 +39,9 @@ class Sample:
 class FileSource:
     """Images in files, decoded by as many processes as pay.
 
-    A file that cannot be decoded is named in the log and in `unreadable`. In training the next readable sample takes its
-    place, so that batches keep their size; in evaluation it is left out. Beyond one file in a hundred (and ten) the
-    source gives up.
+    A file that cannot be decoded is named in the log and in `unreadable`. In training the next readable sample takes
+    its place, so that batches keep their size; in evaluation it is left out. Beyond one file in a hundred (and ten)
+    the source gives up.
     """
 
     def __init__(
