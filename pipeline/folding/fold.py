@@ -1,0 +1,146 @@
+"""Folding: merge the linear neighbours of a model into single convolutions."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+from pipeline.errors import UnitError, nearest
+from pipeline.folding.emit import Segment, emit
+from pipeline.folding.graph import Region, find_regions
+from pipeline.folding.layers import Layer, read_layers
+from pipeline.folding.partition import Border, LatencyModel, Partition, Policy, Rules, partition
+from pipeline.folding.trace import module_path, trace
+
+__all__ = ["FoldResult", "Segment", "Skipped", "fold"]
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A linear region, or a named unit, that is not one convolution; `names` are its layers."""
+
+    names: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class FoldResult:
+    """What `fold` returns.
+
+    Args:
+        model: The folded model in evaluation mode: a `torch.fx.GraphModule` of plain layers. It can be copied,
+            pickled, trained, exported.
+        max_abs_error: Largest difference to the given model on the example input, in the model's dtype.
+        segments: What was merged, in network order.
+        skipped: Linear regions left as several layers, and named units that are not one, each with its reason.
+    """
+
+    model: fx.GraphModule
+    max_abs_error: float
+    segments: tuple[Segment, ...]
+    skipped: tuple[Skipped, ...]
+
+
+def fold(
+    model: nn.Module,
+    example_input: Tensor,
+    *,
+    border: Border = "approximate",
+    policy: Policy = "always",
+    latency: LatencyModel | None = None,
+    units: Collection[str] | None = None,
+    norms: str = "fuse",
+) -> FoldResult:
+    """Merges the linear neighbours of a model.
+
+    Every maximal region of affine layers with one entry and one exit is cut into pieces, and each piece becomes
+    one convolution. Sums are done in float64 and rounded once to the model's dtype.
+
+    Args:
+        model: A traceable model; not changed. Activations meant to go must be gone (`linearise`,
+            `pipeline.alpha.settle`).
+        example_input: Tensor[1, C, H, W] of the model's dtype and device. Its size sets the MACs, not what the
+            folded model accepts.
+        border: "approximate" composes kernels as the papers do, which changes values near the image's border
+            where a padded layer follows one with a bias. "exact" keeps every value at every input size: a
+            bias map is added where that suffices, and what no single convolution can do is left unmerged and
+            listed in `skipped`. Ring padding (`pipeline.alpha`) makes plain composition exact.
+        policy: "always" makes as few layers as possible; "cheapest" as few MACs, or as little time.
+        latency: Time of a convolution, called with its spec and its input's height and width; used by
+            "cheapest" in place of MACs. Any unit.
+        units: Names of units or activations. Convolutions that follow each other are then merged only inside
+            one of these units or across one of these activations; everywhere else norms and reparameterised
+            branches are fused and nothing more. Without it the linear bottleneck of a MobileNetV2 makes one
+            region of a projection and the next block's expansion.
+        norms: "fuse", or "keep" to leave each BatchNorm outside the named units in place, for training after
+            the fold.
+
+    Returns:
+        The folded model and a record of what was done.
+
+    Raises:
+        TraceError: The model cannot be traced.
+        UnitError: A name in `units` is no module of the model.
+        FoldError: Ring padding is left without the layers that supply it, or `latency` has no entry.
+    """
+    known = dict(model.named_modules())
+    for unit in units or ():
+        if unit not in known:
+            raise UnitError(f"unit {unit!r} is no module of {type(model).__name__}", hint=nearest(unit, known))
+    traced = trace(model, example_input)
+    layers = read_layers(traced)
+    if norms == "keep":
+        layers = {node: layer for node, layer in layers.items() if not _kept_norm(layer, traced, units or ())}
+    rules = Rules(policy, border, layers, units, latency)
+    cuts = [(region, partition(region, rules)) for region in find_regions(traced.graph, layers)]
+    skipped = [skip for region, cut in cuts if (skip := _split_region(region, cut, layers)) is not None]
+    skipped += [Skipped((name,), reason) for name, reason in traced.meta["opaque"].items()]
+    skipped += _split_units(units or (), traced, layers, [cut for _, cut in cuts])
+    with torch.no_grad():
+        expected = tree_leaves(traced(example_input))
+        segments = emit([piece for _, cut in cuts for piece in cut.pieces], traced, rules)
+        got = tree_leaves(traced(example_input))
+    errors = [
+        float((after - before).abs().max())
+        for before, after in zip(expected, got, strict=True)
+        if isinstance(before, Tensor) and before.numel()
+    ]
+    return FoldResult(traced, max(errors, default=0.0), tuple(segments), tuple(skipped))
+
+
+def _split_region(region: Region, cut: Partition, layers: Mapping[fx.Node, Layer]) -> Skipped | None:
+    """A region that holds several windowed layers and did not become one."""
+    windows = [node for node in region.nodes if layers[node].is_window]
+    parts = sum(any(layers[node].is_window for node in piece.nodes) for piece in cut.pieces)
+    if not cut.reason or len(windows) < 2:
+        return None
+    return Skipped(tuple(module_path(node) for node in windows), f"stays {parts} layers: {cut.reason}")
+
+
+def _split_units(
+    units: Collection[str], traced: fx.GraphModule, layers: Mapping[fx.Node, Layer], cuts: list[Partition]
+) -> list[Skipped]:
+    """Named units whose layers are not all in one piece, for a reason that no region tells: they are not linear."""
+    found = []
+    for unit in units:
+        inside = [
+            node for node in traced.graph.nodes if node.op == "call_module" and str(node.target).startswith(f"{unit}.")
+        ]
+        foreign = [str(node.target) for node in inside if node not in layers]
+        windows = {node for node in inside if node in layers and layers[node].is_window}
+        in_one = any(windows <= set(piece.nodes) for cut in cuts for piece in cut.pieces)
+        if foreign and len(windows) > 1 and not in_one:
+            found.append(Skipped((unit,), f"{', '.join(foreign)} inside it is not linear"))
+    return found
+
+
+def _kept_norm(layer: Layer, traced: fx.GraphModule, units: Collection[str]) -> bool:
+    node = layer.node
+    if node.op != "call_module":
+        return False
+    is_norm = isinstance(traced.get_submodule(str(node.target)), nn.modules.batchnorm._BatchNorm)
+    return is_norm and not any(str(node.target).startswith(f"{unit}.") for unit in units)
