@@ -58,10 +58,10 @@ class Ratio:
         """One short phrase: how much less or more, or ``no difference shown``."""
         if not self.difference_shown:
             return "no difference shown"
-        less, more = ("faster", "slower") if self.metric == "time" else ("fewer", "more")
+        less = "less" if self.metric == "time" else "fewer"
         if self.ratio < 1:
-            return f"{1 - self.ratio:.1%} {less}" if self.metric != "time" else f"{1 - self.ratio:.1%} less time"
-        return f"{self.ratio - 1:.1%} {more}" if self.metric != "time" else f"{self.ratio - 1:.1%} more time"
+            return f"{1 - self.ratio:.1%} {less} {self.metric}"
+        return f"{self.ratio - 1:.1%} more {self.metric}"
 
     def as_dict(self) -> dict[str, Any]:
         """Returns plain values fit for JSON, with the verdict."""
@@ -114,6 +114,8 @@ def _counted(baseline: float, other: float, metric: Literal["instructions", "cyc
 def _time_ratio(baseline: Measurement, other: Measurement, resamples: int, generator: np.random.Generator) -> Ratio:
     paired = bool(baseline.interleaved_with) and baseline.interleaved_with == other.interleaved_with
     if paired:
+        if len(baseline.samples_ms) != len(other.samples_ms):
+            raise StatsError(f"interleaved rows have {len(baseline.samples_ms)} and {len(other.samples_ms)} processes")
         blocks = [_quads(a, b) for a, b in zip(baseline.samples_ms, other.samples_ms, strict=True)]
         centre = float(np.mean([np.median(block) for block in blocks]))
         draws = _bootstrap(blocks, resamples, generator)

@@ -1,0 +1,115 @@
+"""The interval must hold its promise on data whose truth is known."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from targets.base import Device, Measurement
+from targets.errors import StatsError
+from targets.stats import ratio_interval
+
+ROW = {
+    "target": "t", "model_sha256": "", "precision": "fp32", "runtime": "", "runtime_version": "",
+    "requested_accelerator": "cpu", "actual_accelerator": "cpu", "device": Device("h", "host"), "threads": 1,
+    "pinned_cores": (), "warmup": 0, "runs": 1, "restarts": 1,
+}  # fmt: skip
+
+
+def row(samples: Sequence[Sequence[float]], group: str = "g") -> Measurement:
+    return Measurement.from_samples(samples, model="m", interleaved_with=group, **ROW)
+
+
+def simulate(
+    generator: np.random.Generator, *, truth: float, between: float, within: float, processes: int, runs: int
+) -> tuple[Measurement, Measurement]:
+    """Two files in `processes` processes: a spread of the process, of the file in the process, and of the run."""
+    a, b = [], []
+    for _ in range(processes):
+        shared = generator.normal(0, 0.1)
+        drift = np.linspace(0, generator.normal(0, 0.1), runs)
+        for file, level in ((a, 0.0), (b, np.log(truth))):
+            own = level + generator.normal(0, between)
+            file.append(10 * np.exp(shared + own + drift + generator.normal(0, within, runs)))
+    return row(a), row(b)
+
+
+@pytest.mark.parametrize("processes", [3, 5, 10])
+@pytest.mark.parametrize(("between", "within"), [(0.01, 0.002), (0.001, 0.05), (0.01, 0.05)])
+def test_the_interval_covers_the_truth_as_often_as_it_says(processes: int, between: float, within: float) -> None:
+    generator = np.random.default_rng(0)
+    covered = 0
+    trials = 200
+    for _ in range(trials):
+        pair = simulate(generator, truth=0.93, between=between, within=within, processes=processes, runs=20)
+        found = ratio_interval(*pair, resamples=300)
+        covered += found.low <= 0.93 <= found.high
+    # 95% promised; three standard errors of 200 trials below it.
+    assert covered / trials >= 0.95 - 3 * (0.95 * 0.05 / trials) ** 0.5
+
+
+def test_it_is_sharp_enough_to_show_a_real_difference() -> None:
+    generator = np.random.default_rng(1)
+    shown = 0
+    for _ in range(40):
+        pair = simulate(generator, truth=0.95, between=0.008, within=0.02, processes=5, runs=40)
+        shown += ratio_interval(*pair, resamples=300).difference_shown
+    assert shown >= 38
+
+
+def test_pairing_cancels_a_drift_that_swamps_the_difference() -> None:
+    # The machine becomes twice as slow during the run; B costs 3% more at any moment.
+    order = np.exp(np.linspace(0, np.log(2), 80))
+    a, b = np.empty(40), np.empty(40)
+    for quad in range(20):
+        slots = order[4 * quad : 4 * quad + 4]
+        a[2 * quad], b[2 * quad], b[2 * quad + 1], a[2 * quad + 1] = slots * [1, 1.03, 1.03, 1]
+    paired = ratio_interval(row([a, a, a]), row([b, b, b]))
+    assert paired.paired
+    # A drift that is not quite linear inside a quad leaves a trace of second order.
+    assert paired.ratio == pytest.approx(1.03, abs=2e-4)
+    assert paired.high - paired.low < 0.001
+    alone = ratio_interval(row([a, a, a], ""), row([b, b, b], ""))
+    assert not alone.paired
+    assert alone.high - alone.low > 0.05
+
+
+def test_the_same_samples_show_no_difference() -> None:
+    found = ratio_interval(row([[1.0, 1.1, 0.9, 1.0]] * 3), row([[1.0, 1.1, 0.9, 1.0]] * 3))
+    assert (found.ratio, found.verdict) == (1.0, "no difference shown")
+    assert "no difference shown" in str(found)
+
+
+def test_one_process_alone_says_what_its_interval_leaves_out() -> None:
+    found = ratio_interval(row([[1.0, 1.1, 0.9, 1.0]]), row([[2.0, 2.2, 1.8, 2.0]]))
+    assert found.difference_shown and "one process only" in str(found)
+
+
+def test_the_same_seed_gives_the_same_interval() -> None:
+    pair = simulate(np.random.default_rng(2), truth=0.9, between=0.01, within=0.02, processes=3, runs=10)
+    assert ratio_interval(*pair, seed=4) == ratio_interval(*pair, seed=4)
+    assert ratio_interval(*pair, seed=4) != ratio_interval(*pair, seed=5)
+
+
+def test_counted_costs_have_no_spread() -> None:
+    empty = replace(row([[1.0]]), samples_ms=(), median_ms=None)
+    a, b = replace(empty, instructions=2.0e8), replace(empty, instructions=1.5e8)
+    found = ratio_interval(a, b)
+    assert (found.metric, found.ratio, found.low, found.high) == ("instructions", 0.75, 0.75, 0.75)
+    assert found.verdict == "25.0% fewer instructions"
+
+
+def test_rows_without_a_shared_figure_are_not_compared() -> None:
+    timed = row([[1.0]])
+    counted = replace(timed, samples_ms=(), median_ms=None, instructions=1.0)
+    with pytest.raises(StatsError, match="share no figure"):
+        ratio_interval(timed, counted)
+    failed = replace(timed, failure="DeviceLostError", invalid_reason="gone")
+    with pytest.raises(StatsError, match="gone"):
+        ratio_interval(timed, failed)
+
+
+def test_interleaved_rows_of_unequal_length_are_refused() -> None:
+    with pytest.raises(StatsError, match="2 and 3 runs"):
+        ratio_interval(row([[1.0, 1.0]]), row([[1.0, 1.0, 1.0]]))
