@@ -10,6 +10,8 @@ import os
 import platform
 from pathlib import Path
 
+from pipeline.artifacts import sha256_of
+from pipeline.errors import WeightsError
 from pipeline.recipe import Recipe
 from pipeline.versions import installed
 
@@ -23,19 +25,29 @@ def gather(recipe: Recipe) -> dict[str, str]:
 
     Raises:
         DataError: Neither the data set nor its fallback is there.
-        ModelError: The model's name is unknown.
-        WeightsError: The asked source has no weights for the model.
+        WeightsError: The weights' file is missing.
     """
     from pipeline.data import datasets
-    from pipeline.models import weights, zoo
 
-    zoo.check_name(recipe.model.name)
     data = datasets.resolve(recipe.data.name, recipe.data.root, recipe.data.fallback)
-    return {
-        "data": data.name,
-        "weights": weights.choose(recipe.model.name, recipe.model.weights),
-        "host": _host(),
-    }
+    return {"data": data.name, "weights": _weights(recipe), "host": _host()}
+
+
+def _weights(recipe: Recipe) -> str:
+    """The source that will serve, or a file with its SHA-256, so that changed weights are not taken for the old."""
+    from pipeline.models import weights
+
+    source = recipe.model.weights
+    if source == "auto":
+        return weights.available(recipe.model.name)[0]
+    if source in ("packaged", "hub", "none"):
+        return source
+    path = Path(source)
+    if not path.is_file():
+        raise WeightsError(
+            f"model.weights is '{source}', which is no file", hint="give auto, packaged, hub, none or a checkpoint"
+        )
+    return f"{path.name} sha256 {sha256_of(path)}"
 
 
 def _host() -> str:

@@ -5,8 +5,6 @@ A wrong unit or a data set of other classes is found here in seconds, not after 
 
 __all__ = ["check"]
 
-from pathlib import Path
-
 import targets
 from pipeline.models import weights, zoo
 from pipeline.recipe import Recipe
@@ -15,8 +13,12 @@ from pipeline.stages import workbench
 from pipeline.stages.prefold import candidates
 
 
-def check(recipe: Recipe) -> None:
+def check(recipe: Recipe, *, load_weights: bool) -> None:
     """Builds the model, names the units, opens the splits and looks up the targets of a recipe.
+
+    Args:
+        recipe: The checked recipe.
+        load_weights: Whether the weights are loaded too, which may download them.
 
     Raises:
         LayerfoldError: The first thing that cannot work, with its fix.
@@ -31,7 +33,7 @@ def check(recipe: Recipe) -> None:
         args=section.args,
     )
     candidates(recipe, model)
-    if Path(section.weights).suffix:
+    if load_weights:
         weights.load(model, section.name, section.weights, num_classes=section.num_classes)
     workbench.device(recipe)
     paper_row(recipe.report.paper)

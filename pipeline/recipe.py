@@ -114,6 +114,10 @@ class PrefoldSection(_Section):
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.9
     alpha_init: Annotated[float, Field(ge=0, lt=1)] = 0.0
     alpha_lr: Positive | None = None
+    anneal_fraction: Fraction = 0.5
+    """Method `fixed`: the share of the fine-tuning by which the units' α have reached 1."""
+    snap_at: Fraction | None = None
+    """The share of the fine-tuning after which every α is fixed at 0 or 1, so that the rest trains what will fold."""
     penalty_weights: Literal["uniform", "macs"] = "uniform"
     distill: DistillSection | None = None
     train: TrainSection

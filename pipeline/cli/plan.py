@@ -26,10 +26,11 @@ def command(recipe: str, out: Path | None, overrides: tuple[str, ...], quick: bo
     from rich.console import Console
     from rich.table import Table
 
-    from pipeline import facts, plan, recipe_files, runner
+    from pipeline import facts, plan, preflight, recipe_files, runner
 
     loaded = recipe_files.load(recipe, overrides=overrides, quick=quick)
     found = facts.gather(loaded)
+    preflight.check(loaded, load_weights=False)
     planned = plan.build(loaded, found)
     folder = run_folder(loaded, out)
     states = runner.stage_states(planned, folder)

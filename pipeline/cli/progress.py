@@ -1,8 +1,10 @@
 """Progress on the terminal: one bar for the stage at work, a line for each stage done."""
 
-__all__ = ["TerminalEvents"]
+__all__ = ["TerminalEvents", "bar"]
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console
@@ -10,6 +12,16 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from pipeline.artifacts import StageOutput
 from pipeline.plan import PlannedStage
+
+_COLUMNS = (
+    TextColumn("{task.description}"),
+    BarColumn(),
+    TextColumn("{task.percentage:>3.0f}%"),
+    TimeElapsedColumn(),
+    TextColumn("ETA"),
+    TimeRemainingColumn(),
+    TextColumn("{task.fields[text]}"),
+)
 
 
 class _StageBar:
@@ -34,19 +46,21 @@ class _StageBar:
         self._progress.console.print(f"    {text}", highlight=False, markup=False)
 
 
+@contextmanager
+def bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """One bar on stderr for a verb's long work; the given function takes (done, total)."""
+    with Progress(*_COLUMNS, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(title, total=None, text="")
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
 class TerminalEvents:
     """Shows a run on stderr, so that stdout holds only the table."""
 
     def __init__(self, stage_count: int) -> None:
         self._count = stage_count
         self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f}%"),
-            TimeElapsedColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[text]}"),
+            *_COLUMNS,
             console=Console(stderr=True),
             transient=True,
         )

@@ -37,7 +37,9 @@ def command(recipe: str, out: Path | None, overrides: tuple[str, ...], quick: bo
     loaded = recipe_files.load(recipe, overrides=overrides, quick=quick)
     folder = run_folder(loaded, out)
     planned = plan.build(loaded, facts.gather(loaded))
-    preflight.check(loaded)
+    states = runner.stage_states(planned, folder)
+    if states["prefold"] not in ("cached", "shared"):
+        preflight.check(loaded, load_weights=states["baseline"] not in ("cached", "shared"))
     previous = signal.signal(signal.SIGTERM, _as_interrupt)
     try:
         with TerminalEvents(len(planned.stages)) as events:

@@ -10,6 +10,7 @@ from pipeline.results.schema import LatencyRow
 from pipeline.stages import StageContext
 from targets.base import Measurement
 from targets.errors import TargetError
+from targets.stats import ratio_interval
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -36,13 +37,13 @@ def run(context: StageContext) -> dict[str, Any]:
 def _measure(context: StageContext, name: str, precision: str) -> tuple[LatencyRow, list[Measurement]]:
     section = context.recipe.bench
     target = targets.get(name, threads=section.threads)
-    form = target.formats[0]
+    form = next(form for form in context.recipe.export.formats if form in getattr(target, "formats", (form,)))
     stage = "export" if precision == "fp32" else "quantize"
     infix = "" if precision == "fp32" else ".int8"
     paths = [context.inputs[stage].file(f"models/{which}{infix}.{form}") for which in ("baseline", "folded")]
     baseline, folded = target.benchmark(paths, warmup=section.warmup, runs=section.runs, restarts=section.restarts)
-    ratio = targets.stats.ratio_interval(baseline, folded)
-    reasons = [m.reason for m in (baseline, folded) if not m.valid]
+    ratio = ratio_interval(baseline, folded)
+    reasons = [m.invalid_reason for m in (baseline, folded) if not m.valid]
     row = LatencyRow(
         target=name,
         runtime=f"{baseline.runtime} {baseline.runtime_version}",

@@ -3,13 +3,15 @@
 __all__ = ["run"]
 
 import math
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import nn
 
 from pipeline.errors import FoldError
-from pipeline.folding import fold
+from pipeline.folding import FoldResult, fold
 from pipeline.stages import StageContext, workbench
 
 
@@ -20,7 +22,7 @@ def run(context: StageContext) -> dict[str, Any]:
     baseline = workbench.load_model(context, "baseline", "models/baseline.pt")
     linear = list(context.inputs["prefold"].metrics["linear_units"])
     example = workbench.example(recipe)
-    result = fold(settled, example, border=section.border, policy=section.policy, units=linear, fuse_batchnorm=False)
+    result = fold(settled, example, border=section.border, policy=section.policy, units=linear, norms="keep")
     changed, worst = _compare(context, settled, result.model)
     error = max(worst, result.max_abs_error)
     if not math.isfinite(error) or error > section.max_abs_error:
@@ -31,17 +33,32 @@ def run(context: StageContext) -> dict[str, Any]:
         )
     evaluation = workbench.score(context, result.model, teacher=baseline)
     workbench.save_model(context, "folded.pt", result.model, units_folded=linear)
-    segments = [segment.as_dict() for segment in result.segments]
+    folded = [unit for unit in linear if _is_one_layer(unit, result)]
+    skips = {name: skip.reason for skip in result.skipped for name in skip.names}
+    unfolded = {unit: _reason(unit, skips) for unit in linear if unit not in folded}
     return {
-        "units_folded": [name for name in linear if name not in result.skipped],
-        "units_skipped": {name: reason for name, reason in result.skipped.items() if name in linear},
-        "segments": segments,
+        "units_folded": folded,
+        "units_skipped": unfolded,
+        "segments": [asdict(segment) for segment in result.segments],
         "max_abs_error": error,
         "changed_predictions": changed,
         "evaluation": evaluation.as_dict(),
-        "summary": f"{len(linear) - len(result.skipped)} units folded, error {error:.1e}, "
+        "summary": f"{len(folded)} of {len(linear)} linear units folded, error {error:.1e}, "
         f"{changed} predictions changed, {workbench.summary(evaluation)}",
     }
+
+
+def _is_one_layer(unit: str, result: FoldResult) -> bool:
+    """Whether a convolution of the folded network holds the unit's layers; a unit may be a single activation."""
+    merged = [segment for segment in result.segments if segment.windows > 1]
+    if any(segment.name == unit or segment.merged[0].startswith(f"{unit}.") for segment in merged):
+        return True
+    is_block = any(name.startswith(f"{unit}.") for segment in result.segments for name in segment.merged)
+    return not is_block and not any(unit in skip.names for skip in result.skipped)
+
+
+def _reason(unit: str, skips: Mapping[str, str]) -> str:
+    return next((why for name, why in skips.items() if name == unit or name.startswith(f"{unit}.")), "nothing to merge")
 
 
 def _compare(context: StageContext, before: nn.Module, after: nn.Module) -> tuple[int, float]:

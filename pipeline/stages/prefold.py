@@ -9,7 +9,8 @@ from torch import nn
 
 from pipeline import alpha
 from pipeline.errors import UnitError, nearest
-from pipeline.folding.units import Unit, find_units
+from pipeline.folding import counters, fold
+from pipeline.folding.units import Unit, find_units, linearise
 from pipeline.recipe import Recipe
 from pipeline.stages import StageContext, workbench
 
@@ -28,6 +29,8 @@ def run(context: StageContext) -> dict[str, Any]:
         alpha_lr=section.alpha_lr,
         weights=_penalty_weights(recipe, baseline, units),
         anneal=tuple(unit.name for unit in units) if section.method == "fixed" else (),
+        anneal_fraction=section.anneal_fraction,
+        snap_at=section.snap_at,
     )
     workbench.fine_tune(context, student, section.train, distill=section.distill, teacher=baseline, alpha=schedule)
     values = alpha.values(student)
@@ -85,8 +88,11 @@ def _penalty_weights(recipe: Recipe, model: nn.Module, units: list[Unit]) -> dic
     """c_l of the auxiliary loss: None for the paper's uniform weights, else by the MACs that folding saves."""
     if recipe.prefold.penalty_weights == "uniform":
         return None
-    from pipeline.folding.units import macs_saved
-
-    saved = {unit.name: max(macs_saved(model, unit, workbench.example(recipe)), 0) for unit in units}
-    mean = sum(saved.values()) / len(saved)
-    return {name: value / mean if mean else 1.0 for name, value in saved.items()}
+    example = workbench.example(recipe)
+    before = counters.count(model, example).macs
+    names = [unit.name for unit in units]
+    saved = {
+        name: before - counters.count(fold(linearise(model, [name]), example, units=[name]).model, example).macs
+        for name in names
+    }
+    return alpha.weights_from_savings(saved)
