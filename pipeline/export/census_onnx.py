@@ -37,13 +37,7 @@ def read_onnx(file: Path) -> Census:
         if weight is not None
     ]
     static = operators["QuantizeLinear"] > 0
-    islands = [
-        node.output[0]
-        for node in graph.node
-        if node.op_type in {"Conv", "Gemm", "MatMul", "Add", "Mul", "GlobalAveragePool", "ReduceMean"}
-        and producers.get(node.input[0]) is not None
-        and producers[node.input[0]].op_type != "DequantizeLinear"
-    ]
+    islands = [node.output[0] for node in graph.node if _is_float(node, producers, constants)]
     quantized = static or operators["DynamicQuantizeLinear"] > 0
     return Census(
         file.name,
@@ -58,6 +52,18 @@ def read_onnx(file: Path) -> Census:
         tuple(weights),
         metadata.read(file),
     )
+
+
+def _is_float(node: Any, producers: Mapping[str, Any], constants: Mapping[str, Any]) -> bool:
+    """Whether a node of a QDQ file computes in float: a runtime fuses it to integers only between DQ and Q."""
+    if node.op_type in {"Conv", "Gemm", "MatMul"}:
+        inputs = node.input[:2]
+    elif node.op_type in {"Add", "Mul", "GlobalAveragePool", "AveragePool", "ReduceMean"}:
+        inputs = [name for name in node.input if name not in constants]
+    else:
+        return False
+    dequantized = [name in producers and producers[name].op_type == "DequantizeLinear" for name in inputs]
+    return not all(dequantized) if node.op_type in {"Conv", "Gemm", "MatMul"} else not any(dequantized)
 
 
 def _port(onnx: Any, value: Any) -> Port:

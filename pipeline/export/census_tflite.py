@@ -36,7 +36,12 @@ def read_tflite(file: Path) -> Census:
         output = int(operator.outputs[0])
         if kinds[output] in {"INT8", "UINT8"}:
             static = True
-        elif kinds[output] in _FLOAT and output not in ends and not _is_constant(model, graph, operator):
+        elif (
+            kinds[output] in _FLOAT
+            and output not in ends
+            and name != "DEQUANTIZE"
+            and not _is_constant(model, graph, operator)
+        ):
             float_tensors.append(flatbuffer.tensor_name(graph.tensors[output]))
         if name in {"CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED"}:
             weight = _weight(model, graph, operator)

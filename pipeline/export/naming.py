@@ -1,10 +1,10 @@
-"""Gives the tensors of a `.tflite` file the layer names of the network it came from.
+"""Gives the tensors of an exported file the layer names of the network it came from.
 
-The converter names tensors after its own wrapper classes and numbers them. With the model's layer names in the file
+The converters name tensors after their own classes and number them. With the model's layer names in the file
 a profile, a census or a quantisation table can be read: ``blocks.3.2.conv_dw`` instead of ``Conv2d_conv_dw;36``.
 """
 
-__all__ = ["name_tensors"]
+__all__ = ["ACTIVATION_SUFFIX", "name_tensors", "name_values"]
 
 from collections import defaultdict
 from pathlib import Path
@@ -15,6 +15,9 @@ import numpy.typing as npt
 from torch import fx, nn
 
 from pipeline.export import flatbuffer
+
+# ONNX keeps a layer's activation apart: its output is named after the layer, with this behind it.
+ACTIVATION_SUFFIX = "/act"
 
 
 def name_tensors(path: Path | str, network: fx.GraphModule) -> int:
@@ -58,6 +61,35 @@ def name_tensors(path: Path | str, network: fx.GraphModule) -> int:
         tensor.name = names.get(index, f"constant_{index}").encode()
     flatbuffer.write(model, path)
     return found
+
+
+def name_values(proto: Any) -> None:
+    """Renames the nodes and intermediate values of a float `onnx.ModelProto` in place.
+
+    A node with a weight ``name.weight`` and its output are called ``name``; the Clip or Relu that follows is called
+    ``name/act``; any other node ``<operator>_<n>``. Weights, graph inputs and outputs keep their names.
+    """
+    ends = {value.name for value in [*proto.graph.input, *proto.graph.output]}
+    names: dict[str, str] = {}
+    numbers: dict[str, int] = defaultdict(int)
+    for node in proto.graph.node:
+        weights = [name for name in node.input if name.endswith(".weight")]
+        source = names.get(node.input[0], "") if node.input else ""
+        if weights:
+            label = weights[0].removesuffix(".weight")
+        elif node.op_type in {"Clip", "Relu"} and source and ACTIVATION_SUFFIX not in source:
+            label = source + ACTIVATION_SUFFIX
+        else:
+            label = f"{node.op_type.lower()}_{numbers[node.op_type]}"
+            numbers[node.op_type] += 1
+        node.name = label
+        for output in node.output:
+            names[output] = output if output in ends else label
+    for node in proto.graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+        node.output[:] = [names.get(name, name) for name in node.output]
+    for value in proto.graph.value_info:
+        value.name = names.get(value.name, value.name)
 
 
 def _layers_by_weight(network: fx.GraphModule) -> dict[bytes, list[str]]:

@@ -14,6 +14,8 @@ from pipeline.export import flatbuffer
 from pipeline.export.extras import require
 from pipeline.export.quiet import quietly
 
+# What ONNX Runtime's quantiser calls the value behind a pair of QuantizeLinear and DequantizeLinear.
+_ROUNDED = "_DequantizeLinear_Output"
 Observation = Mapping[str, npt.NDArray[np.float32]]
 
 
@@ -100,20 +102,24 @@ def observe_onnx(path: Path | str, threads: int = 2) -> Observer:
         floats = [
             value for value in model.graph.value_info if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
         ]
+        computed = {name for node in model.graph.node for name in node.output}
         graph_outputs = {value.name for value in model.graph.output}
-        constants = {value.name for value in model.graph.initializer}
-        watched = [value for value in floats if value.name not in graph_outputs | constants]
+        # Quantisers leave the types of values behind that they have removed.
+        watched = [value for value in floats if value.name in computed - graph_outputs]
         model.graph.output.extend(watched)
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
         session = runtime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         source = session.get_inputs()[0]
-        names = [value.name for value in session.get_outputs()]
+        ends = (source.name, session.get_outputs()[0].name)
+        names = [value.name for value in watched if not value.name.endswith(_ROUNDED)] + [ends[1]]
+        # What a quantised file hands on is the value after rounding, which also does the work of a removed Clip.
+        fetched = [f"{name}{_ROUNDED}" if f"{name}{_ROUNDED}" in computed else name for name in names]
 
     def watch(images: npt.NDArray[np.float32]) -> Observation:
         images = np.ascontiguousarray(images)
-        values = dict(zip(names, session.run(None, {source.name: images}), strict=True))
-        return {source.name: images, **values}
+        values = dict(zip(names, session.run(fetched, {source.name: images}), strict=True))
+        return {ends[0]: images, **values}
 
-    return Observer(watch, int(source.shape[0]), (source.name, names[0]))
+    return Observer(watch, int(source.shape[0]), ends)

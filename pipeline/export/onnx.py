@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pipeline.errors import ExportError
 from pipeline.export.extras import require
 from pipeline.export.lowering import lower
+from pipeline.export.naming import name_values
 from pipeline.export.quiet import quietly
 from pipeline.export.tflite import ExportInfo
 from pipeline.export.writing import replacing
@@ -58,6 +59,7 @@ def export_fp32(model: nn.Module, example: Tensor, path: Path | str) -> ExportIn
         proto = program.model_proto
     proto, note = simplify(proto)
     _drop_build_paths(proto)
+    name_values(proto)
     with replacing(target) as temporary, quietly(f"write {target.name}"):
         onnx.checker.check_model(proto, full_check=True)
         onnx.save_model(proto, str(temporary))

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from pipeline.errors import ExportError
 from pipeline.export import flatbuffer
+from pipeline.export.dead_channels import widen_dead_channels
 from pipeline.export.extras import require
 from pipeline.export.observe import observe_onnx, observe_tflite
 from pipeline.export.quiet import quietly
@@ -55,12 +56,14 @@ def tflite_int8(
     observer = observe_tflite(source)
     spans = activation_ranges(observer, calibration, method=ranges, percentile=percentile)
     kept = _float_tensors(float_layers, spans)
-    doing = f"quantise {source.name} to int8"
-    with quietly(doing):
+    model = flatbuffer.read(source)
+    widened = widen_dead_channels(model, spans)
+    with replacing(target) as temporary, quietly(f"quantise {source.name} to int8"):
+        flatbuffer.write(model, temporary)
         quantizer_module = require("ai_edge_quantizer.quantizer", extra="tflite")
         qtyping = require("ai_edge_quantizer.qtyping", extra="tflite")
         version = require("importlib.metadata", extra="tflite").version("ai-edge-quantizer")
-        quantizer = quantizer_module.Quantizer(str(source))
+        quantizer = quantizer_module.Quantizer(str(temporary))
         operations = qtyping.TFLOperationName
         granularity = qtyping.QuantGranularity
         quantizer.add_static_config(
@@ -78,11 +81,13 @@ def tflite_int8(
             quantizer.update_quantization_recipe(expression, operations.ALL_SUPPORTED, algorithm_key=never)
         statistics = {name: _statistics(span) for name, span in spans.items()}
         content = quantizer.quantize(statistics, enable_progress_report=False).quantized_model
-    with replacing(target) as temporary:
         temporary.write_bytes(bytes(content))
         # The quantiser appends the weights behind the tree; older runtimes only read them inside it.
         flatbuffer.write(flatbuffer.read(temporary), temporary)
     notes = [f"{ranges} ranges", "per-channel weights" if per_channel else "per-tensor weights"]
+    if widened:
+        count = sum(widened.values())
+        notes.append(f"widened {count} dead channels, whose bias overflows 32 bits, in {', '.join(widened)}")
     if kept:
         notes.append(f"float32: {', '.join(sorted(float_layers))}")
     return ExportInfo.of(target, converter=f"ai-edge-quantizer {version}", since=started, notes=tuple(notes))
