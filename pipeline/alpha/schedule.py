@@ -80,6 +80,8 @@ def apply_(student: nn.Module, schedule: AlphaSchedule, position: float) -> None
     if forced:
         surgery.freeze_(student, forced)
     if schedule.snap_at is not None and position >= schedule.snap_at:
-        free = {group for group, alpha in surgery.alphas(student).items() if alpha.requires_grad}
+        free = [group for group, alpha in surgery.alphas(student).items() if alpha.requires_grad]
+        if not free:
+            return
         now = surgery.values(student)
         surgery.freeze_(student, {group: 1.0 if now[group] > schedule.threshold else 0.0 for group in free})
