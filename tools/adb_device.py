@@ -1,0 +1,280 @@
+#!/usr/bin/env python3
+"""Raises a real adb device without a phone: Debian's adbd in namespaces of its own.
+
+    tools/adb_device.py up [--count 2] [--disk-mb 300]     prints JSON: the adb server's socket and the serials
+    tools/adb_device.py start|kill|stop|cont SERIAL        acts on one device's adbd, to inject faults
+    tools/adb_device.py down                               ends everything
+
+adbd is a root shell that asks nobody for a password and listens on every interface. It is therefore started only
+inside its own user, network, mount and process namespaces, and under a filter that leaves it no socket that a network
+namespace does not confine (it would listen on vsock too): nothing outside can reach it, and it sees this machine's
+files read-only. The adb server runs inside too and is reached through a socket in the state folder:
+
+    export ADB_SERVER_SOCKET=localfilesystem:STATE/adb.sock
+    adb devices
+
+Needs Linux with namespaces, Debian's `apt-get` and `dpkg-deb` (to fetch adbd, nothing is installed), and `adb`.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import platformdirs
+import psutil
+
+from targets import debian_root
+from targets.confine import allow_confined_sockets_only
+from targets.errors import SetupError, TargetError
+
+DEFAULT_STATE = Path(tempfile.gettempdir()) / f"layerfold-adb-device-{os.getuid()}"
+FIRST_PORT = 7001
+WAIT_S = 60.0
+ABSENT_EXIT_CODE = 77
+SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "cont": signal.SIGCONT}
+NOT_BOUND = {"proc", "sys", "dev", "tmp", "data", "run", "lost+found"}
+DEB_ARCH = {"x86_64": "amd64", "aarch64": "arm64"}
+
+
+def adbd_root() -> Path:
+    """Fetches and unpacks adbd for this machine once; returns the folder that holds it."""
+    cache = platformdirs.user_cache_path("layerfold") / "adb-device"
+    root, made = cache / "root", cache / "complete"
+    if not made.exists():
+        arch = DEB_ARCH.get(os.uname().machine)
+        if arch is None:
+            raise SetupError(f"Debian has no adbd for {os.uname().machine}", hint="use an x86-64 or arm64 machine")
+        packages = debian_root.fetch(["adbd"], cache / "apt", suite="trixie", arch=arch)
+        debian_root.unpack(packages, root)
+        shutil.rmtree(cache / "apt")
+        made.touch()
+    return root
+
+
+def adbd_command(root: Path) -> list[str]:
+    """Returns the command that starts adbd with its own loader and libraries, not the machine's."""
+    libraries = next(root.glob("usr/lib/*-linux-gnu"))
+    loader = next(libraries.glob("ld-linux*"))
+    path = f"{libraries / 'android'}:{libraries}"
+    return [str(loader), "--library-path", path, str(root / "usr/lib/android-sdk/platform-tools/adbd")]
+
+
+def check_namespaces() -> None:
+    """Raises `SetupError` with the reason where this machine cannot give adbd a network of its own."""
+    for tool in ("unshare", "nsenter", "ip", "adb"):
+        if shutil.which(tool) is None:
+            raise SetupError(f"{tool} is not on this machine", hint="install util-linux, iproute2 and adb")
+    done = subprocess.run([*unshare(), "true"], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise SetupError(f"namespaces are not permitted here: {done.stderr.strip()}", hint="allow user namespaces")
+
+
+def unshare() -> list[str]:
+    """Returns the prefix of a command that is to run as the first process of its own namespaces."""
+    return ["unshare", "--map-root-user", "--net", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child"]
+
+
+def hold(state: Path) -> None:
+    """Is the first process inside: builds the device's view of the files, starts everything, reaps what ends."""
+    allow_confined_sockets_only()
+    settings = json.loads((state / "settings.json").read_text())
+    mount = ["mount"]
+    subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+    for serial in settings["serials"]:
+        view = state / "views" / serial.rpartition(":")[2]
+        view.mkdir(parents=True)
+        subprocess.run([*mount, "-t", "tmpfs", "none", str(view)], check=True)
+        tops = sorted(Path(settings["root"] or "/").iterdir())
+        for top in tops:
+            place = view / top.name
+            if top.name in NOT_BOUND:
+                continue
+            if top.is_symlink():
+                place.symlink_to(top.readlink())
+            elif top.is_dir():
+                place.mkdir()
+                bind(top, place)
+        for name in ("proc", "sys", "dev", "tmp", "run"):
+            (view / name).mkdir()
+        subprocess.run([*mount, "-t", "proc", "proc", str(view / "proc")], check=True)
+        subprocess.run([*mount, "--rbind", "/dev", str(view / "dev")], check=True)
+        subprocess.run([*mount, "--rbind", "/sys", str(view / "sys")], check=True)
+        for needed in settings["needed"]:
+            # A checkout or an interpreter below a folder that the view leaves out is brought back alone.
+            if Path(needed).parts[1] in NOT_BOUND and not (view / needed.lstrip("/")).exists():
+                (view / needed.lstrip("/")).mkdir(parents=True)
+                bind(Path(needed), view / needed.lstrip("/"))
+        storage = view / "data/local/tmp"
+        storage.mkdir(parents=True)
+        size = f"size={settings['disk_mb']}m"
+        subprocess.run([*mount, "-t", "tmpfs", "-o", size, "none", str(storage)], check=True)
+        start_adbd(state, serial)
+    # The port scan for local emulators would find each device a second time under another name.
+    env = {**os.environ, "ADB_LOCAL_TRANSPORT_MAX_PORT": "5553", "HOME": str(state)}
+    log = (state / "adb-server.log").open("wb")
+    subprocess.Popen(
+        ["adb", "-L", f"localfilesystem:{state / 'adb.sock'}", "server", "nodaemon"], env=env, stdout=log, stderr=log
+    )
+    while True:
+        # The first process of a namespace inherits every orphan.
+        os.wait()
+
+
+def bind(source: Path, place: Path) -> None:
+    """Shows `source` at `place`, read-only."""
+    subprocess.run(["mount", "--rbind", str(source), str(place)], check=True)
+    subprocess.run(["mount", "-o", "remount,bind,ro", str(place)], check=True, capture_output=True)
+
+
+def start_adbd(state: Path, serial: str) -> None:
+    """Starts the adbd of `serial`; must be called inside the namespaces, with the socket filter on."""
+    settings = json.loads((state / "settings.json").read_text())
+    port = serial.rpartition(":")[2]
+    log = (state / f"adbd-{port}.log").open("ab")
+    env = {"ADBD_PORT": port, "PATH": "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin", "HOME": "/", "TMPDIR": "/tmp"}
+    argv = ["chroot", str(state / "views" / port), *settings["adbd"]]
+    subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+
+
+def adbd_process(state: Path, serial: str) -> psutil.Process:
+    """Finds the running adbd of `serial`, as seen from outside."""
+    port = serial.rpartition(":")[2]
+    for child in holder(state).children(recursive=True):
+        try:
+            if child.environ().get("ADBD_PORT") == port and any(a.endswith("/adbd") for a in child.cmdline()):
+                return child
+        except psutil.NoSuchProcess:
+            # It ended between being listed and being asked.
+            continue
+    raise SetupError(f"no adbd runs for {serial}", hint=f"start it: {sys.argv[0]} start {serial}")
+
+
+def holder(state: Path) -> psutil.Process:
+    """Returns the process that keeps the namespaces."""
+    try:
+        process = psutil.Process(int((state / "pid").read_text()))
+    except (OSError, ValueError, psutil.NoSuchProcess) as error:
+        raise SetupError(f"no adb device is up in {state}", hint=f"run {sys.argv[0]} up") from error
+    if "unshare" not in process.name():
+        raise SetupError(f"the process of {state} is gone", hint=f"run {sys.argv[0]} down, then up")
+    return process
+
+
+def up(
+    state: Path, *, count: int, disk_mb: int, root: Path | None = None, command: Sequence[str] = ()
+) -> dict[str, object]:
+    """Raises `count` devices and waits until adb sees them all."""
+    check_namespaces()
+    if (state / "pid").exists():
+        down(state)
+    fetched = adbd_root() if root is None else root
+    state.mkdir(parents=True, mode=0o700, exist_ok=True)
+    serials = [f"localhost:{FIRST_PORT + index}" for index in range(count)]
+    settings = {
+        "serials": serials,
+        "disk_mb": disk_mb,
+        "root": str(root) if root else "",
+        "adbd": list(command) or adbd_command(fetched),
+        "needed": [str(fetched), sys.prefix, sys.base_prefix, str(Path(__file__).resolve().parents[1])],
+    }
+    (state / "settings.json").write_text(json.dumps(settings))
+    with (state / "hold.log").open("wb") as log:
+        process = subprocess.Popen(
+            [*unshare(), sys.executable, str(Path(__file__).resolve()), "--state", str(state), "_hold"],
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
+    (state / "pid").write_text(str(process.pid))
+    deadline = time.monotonic() + WAIT_S
+    while not (state / "adb.sock").exists():
+        if process.poll() is not None or time.monotonic() > deadline:
+            says = (state / "hold.log").read_text(errors="replace").strip()[-800:]
+            down(state)
+            raise SetupError(f"the device did not come up: {says}")
+        time.sleep(0.1)
+    for serial in serials:
+        connect(state, serial, deadline)
+    return {"adb_server_socket": f"localfilesystem:{state / 'adb.sock'}", "serials": serials, "state": str(state)}
+
+
+def connect(state: Path, serial: str, deadline: float) -> None:
+    """Makes the adb server know the device, until it answers."""
+    env = {**os.environ, "ADB_SERVER_SOCKET": f"localfilesystem:{state / 'adb.sock'}"}
+    while True:
+        subprocess.run(["adb", "connect", serial], env=env, capture_output=True, timeout=30)
+        seen = subprocess.run(["adb", "-s", serial, "get-state"], env=env, capture_output=True, timeout=30)
+        if seen.stdout.strip() == b"device":
+            return
+        if time.monotonic() > deadline:
+            raise SetupError(f"adb does not see {serial}: {seen.stderr.decode(errors='replace').strip()}")
+        time.sleep(0.2)
+
+
+def down(state: Path) -> None:
+    """Ends the devices and removes the state folder."""
+    try:
+        process = holder(state)
+    except SetupError:
+        process = None
+    if process is not None:
+        # Everything inside dies with the first process of the namespace.
+        for child in process.children():
+            child.kill()
+        process.kill()
+        process.wait(timeout=30)
+    shutil.rmtree(state, ignore_errors=True)
+
+
+def inside(state: Path, serial: str) -> None:
+    """Starts adbd for `serial` again, inside the namespaces that are there."""
+    first = holder(state).children()[0]
+    enter = ["nsenter", "--target", str(first.pid), "--user", "--net", "--mount", "--pid", "--preserve-credentials"]
+    subprocess.run(
+        [*enter, sys.executable, str(Path(__file__).resolve()), "--state", str(state), "_adbd", serial], check=True
+    )
+    connect(state, serial, time.monotonic() + WAIT_S)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parses the command line and acts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--state", type=Path, default=DEFAULT_STATE, help="folder of the device's state")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    raising = verbs.add_parser("up", help="raise the devices")
+    raising.add_argument("--count", type=int, default=1, help="how many (1)")
+    raising.add_argument("--disk-mb", type=int, default=300, help="room on each device's storage in MiB (300)")
+    verbs.add_parser("down", help="end everything")
+    for verb in ("start", *SIGNALS, "_adbd"):
+        verbs.add_parser(verb).add_argument("serial")
+    verbs.add_parser("_hold")
+    chosen = parser.parse_args(argv)
+    state = chosen.state.resolve()
+    try:
+        if chosen.verb == "up":
+            print(json.dumps(up(state, count=chosen.count, disk_mb=chosen.disk_mb)))
+        elif chosen.verb == "down":
+            down(state)
+        elif chosen.verb == "_hold":
+            hold(state)
+        elif chosen.verb == "_adbd":
+            allow_confined_sockets_only()
+            start_adbd(state, chosen.serial)
+        elif chosen.verb == "start":
+            inside(state, chosen.serial)
+        else:
+            adbd_process(state, chosen.serial).send_signal(SIGNALS[chosen.verb])
+    except TargetError as error:
+        print(f"adb_device: {error}", file=sys.stderr)
+        return ABSENT_EXIT_CODE
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
