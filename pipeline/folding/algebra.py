@@ -73,6 +73,13 @@ class AffineConv:
         weight = torch.full((channels, 1, rows.kernel, cols.kernel), 1.0 / taps, dtype=torch.float64)
         return cls.conv(weight, None, rows, cols, groups=channels)
 
+    @classmethod
+    def pad(cls, channels: int, rows: tuple[int, int], cols: tuple[int, int]) -> AffineConv:
+        """Zero padding of (before, after) pixels."""
+        weight = torch.ones(channels, 1, 1, 1, dtype=torch.float64)
+        row, col = (Axis.fixed(1, low=low, high=high) for low, high in (rows, cols))
+        return cls.conv(weight, None, row, col, groups=channels)
+
     @property
     def total_bias(self) -> Tensor:
         """The constant away from the border, Tensor[out]."""

@@ -13,12 +13,13 @@ from pipeline.folding.algebra import AffineConv
 from pipeline.folding.graph import Element, Parallel, Single
 from pipeline.folding.layers import Layer
 from pipeline.folding.modules import PaddedConv2d, as_linear, as_module
-from pipeline.folding.partition import Piece, Rules
+from pipeline.folding.partition import Piece
+from pipeline.folding.rules import Rules
 from pipeline.folding.trace import module_path, shape_of
 
 __all__ = ["Segment", "emit"]
 
-_PLAIN = (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.AvgPool2d, PaddedConv2d)
+_PLAIN = (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.AvgPool2d, nn.ZeroPad2d, PaddedConv2d)
 
 
 @dataclass(frozen=True)

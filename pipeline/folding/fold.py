@@ -13,7 +13,8 @@ from pipeline.errors import UnitError, nearest
 from pipeline.folding.emit import Segment, emit
 from pipeline.folding.graph import Region, find_regions
 from pipeline.folding.layers import Layer, read_layers
-from pipeline.folding.partition import Border, LatencyModel, Partition, Policy, Rules, partition
+from pipeline.folding.partition import Partition, partition
+from pipeline.folding.rules import Border, LatencyModel, Policy, Rules
 from pipeline.folding.trace import module_path, trace
 
 __all__ = ["FoldResult", "Segment", "Skipped", "fold"]

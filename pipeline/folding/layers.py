@@ -59,7 +59,7 @@ class Layer:
     @cached_property
     def is_window(self) -> bool:
         """Whether it mixes channels or pixels: a convolution, a pooling or a fully connected layer."""
-        return self.conv is not None and not self.conv.spec.is_diagonal
+        return self.conv is not None and self.conv.spec.mixes
 
 
 def read_layers(traced: fx.GraphModule) -> dict[fx.Node, Layer]:
@@ -126,7 +126,7 @@ def _module_layer(node: fx.Node, module: nn.Module, kind: str) -> Layer | None:
     if kind == "vector" and isinstance(module, nn.BatchNorm1d) and len(before) != 2:
         return None
     conv = conv_of(module, channels)
-    fits = isinstance(module, nn.Conv2d | nn.BatchNorm2d | nn.AvgPool2d) or hasattr(module, "ring_exact")
+    fits = isinstance(module, nn.Conv2d | nn.BatchNorm2d | nn.AvgPool2d | nn.ZeroPad2d) or hasattr(module, "ring_exact")
     flat = isinstance(module, nn.Linear | nn.BatchNorm1d)
     if conv is None or (fits and kind != "map") or (flat and kind != "vector"):
         return None
@@ -154,6 +154,9 @@ def conv_of(module: nn.Module, channels: int) -> AffineConv | None:
         return AffineConv.conv(module.weight[:, :, None, None], module.bias, point, point)
     if isinstance(module, nn.AvgPool2d):
         return _read_average(module, channels)
+    if isinstance(module, nn.ZeroPad2d) and min(module.padding) >= 0:
+        left, right, top, bottom = module.padding
+        return AffineConv.pad(channels, (top, bottom), (left, right))
     if isinstance(module, _IDLE_MODULES) or type(module).__name__ == "DropPath":
         return AffineConv.identity(channels)
     return None

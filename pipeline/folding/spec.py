@@ -15,6 +15,7 @@ _TRUNCATED = (
     "a padded window follows a layer that already looks beyond one pixel, so the zero padding between them cuts "
     "values that one convolution cannot cut"
 )
+_REPADDED = "a bias reaches into the padding of one layer and is cut by the padding of the next"
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,12 @@ class ConvSpec:
         """Whether it only scales and shifts each channel (BatchNorm, scale, identity)."""
         pointwise = self.rows.is_pointwise and self.cols.is_pointwise
         return pointwise and self.stride == (1, 1) and self.groups == self.in_channels == self.out_channels
+
+    @property
+    def mixes(self) -> bool:
+        """Whether an output depends on several channels or pixels, or pixels are skipped."""
+        alone = self.groups == self.in_channels == self.out_channels
+        return not (alone and self.kernel == (1, 1) and self.stride == (1, 1))
 
     @cached_property
     def is_pointwise(self) -> bool:
@@ -92,11 +99,16 @@ class ConvSpec:
         if self.out_channels != after.in_channels:
             raise FoldError(f"{self.out_channels} channels leave one layer, {after.in_channels} enter the next")
         inexact, mapped = self.inexact or after.inexact, self.mapped or after.mapped
+        one_tap = self.kernel == (1, 1)
         if after.is_padded and not after.ring:
-            if not self.is_pointwise:
+            if not one_tap:
                 inexact = inexact or _TRUNCATED
+            elif self.constant and self.is_padded:
+                inexact = inexact or _REPADDED
             elif self.constant:
                 mapped = True
+        if after.mapped and not self.is_pointwise:
+            inexact = inexact or _REPADDED
         return ConvSpec(
             self.in_channels,
             after.out_channels,
