@@ -34,7 +34,7 @@ ARROWS = {
         "pipeline.recipe",
         "pipeline.versions",
     },
-    "pipeline/data": {"pipeline.data", "pipeline.errors"},
+    "pipeline/data": {"pipeline.data", "pipeline.errors", "pipeline.models.torchvision_repair"},
     "pipeline/models": {"pipeline.models", "pipeline.artifacts", "pipeline.errors"},
     "pipeline/alpha": {"pipeline.alpha", "pipeline.errors", "pipeline.folding", "pipeline.models"},
 }
