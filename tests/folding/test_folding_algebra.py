@@ -71,7 +71,7 @@ def test_a_composite_equals_its_parts(data: st.DataObject) -> None:
     first = data.draw(convs(data.draw(st.sampled_from([1, 2, 4]))))
     second = data.draw(convs(first.spec.out_channels))
     composite = first.then(second)
-    size = (40 + data.draw(st.integers(0, 3)), 40 + data.draw(st.integers(0, 3)))
+    size = (90 + data.draw(st.integers(0, 3)), 90 + data.draw(st.integers(0, 3)))
     x = torch.randn(1, first.spec.in_channels, *size, dtype=torch.float64)
     expected, got = second(first(x)), composite(x)
     assert got.shape == expected.shape
