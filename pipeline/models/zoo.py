@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from pipeline.errors import ModelError, nearest
-from pipeline.models import small_mobilenet
+from pipeline.models import cifar_resnet, cifar_vgg, mlp, small_mobilenet
 from pipeline.models.torchvision_repair import repair
 
 repair()
@@ -42,6 +42,9 @@ def _build_small_mobilenet(
 
 FAMILIES: tuple[Family, ...] = (
     Family("MobileNetV2 for 32-px images", tuple(small_mobilenet.WIDTHS), _build_small_mobilenet),
+    Family("ResNet for 32-px images", cifar_resnet.NAMES, cifar_resnet.build),
+    Family("VGG for 32-px images", cifar_vgg.NAMES, cifar_vgg.build),
+    Family("fully connected networks", mlp.NAMES, mlp.build),
 )
 """Families beside timm's; a name found here wins over timm."""
 
