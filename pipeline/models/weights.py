@@ -80,7 +80,7 @@ def choose(name: str, source: str = "auto") -> str:
         return f"packaged {found.package} {found.version}"
     if source == "hub":
         return f"hub {_hub_address(name)}"
-    path = Path(source)
+    path = _path(source)
     if not path.is_file():
         raise checkpoint_files.missing(path)
     return f"file sha256 {_file_sha256(path)}"
@@ -100,7 +100,8 @@ def load(
         model: What `zoo.create(name, num_classes=…)` built.
         name: Its name.
         source: `auto`, `packaged`, `hub`, `none`, or the path of a `.pt`, `.pth` or `.safetensors` file that holds a
-            state dict, or of a model that layerfold wrote.
+            state dict, of a model that layerfold wrote, or of a Keras MobileNetV2 (`.h5`). `package:NAME/PATH` is a
+            file inside an installed package.
         num_classes: Outputs of the model's classifier.
         allow_new_classifier: Where the weights have another number of classes, leave the classifier at its random
             start (and say so in `detail`) instead of failing.
@@ -120,7 +121,7 @@ def load(
         return _load_hub(model, name, num_classes, allow_new_classifier)
     if source == "auto":
         return _load_auto(model, name, num_classes, allow_new_classifier)
-    return _load_file(model, Path(source), num_classes, allow_new_classifier)
+    return _load_file(model, _path(source), num_classes, allow_new_classifier)
 
 
 def _load_auto(model: nn.Module, name: str, num_classes: int, allow_new_classifier: bool) -> WeightsOrigin:
@@ -257,6 +258,12 @@ def _hub_address(name: str) -> str:
         )
     config = timm.get_pretrained_cfg(name)
     return f"https://huggingface.co/{config.hf_hub_id}" if config.hf_hub_id else str(config.url)
+
+
+def _path(source: str) -> Path:
+    if source.startswith(packaged_weights.PACKAGE_PREFIX):
+        return packaged_weights.file_inside(source)
+    return Path(source)
 
 
 def _random(name: str, why: str) -> WeightsOrigin:
