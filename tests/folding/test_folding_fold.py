@@ -309,9 +309,9 @@ def test_a_folded_model_loads_in_a_fresh_process_and_exports(tmp_path: Path) -> 
     copied = copy.deepcopy(folded)
     torch.save((folded, x, folded(x)), tmp_path / "folded.pt")
     script = (
-        "import sys, torch\n"
+        "import sys, torch\ntorch.set_num_threads(1)\n"
         f"model, x, y = torch.load({str(tmp_path / 'folded.pt')!r}, weights_only=False)\n"
-        "torch.testing.assert_close(model(x), y)\n"
+        "torch.testing.assert_close(model(x), y, rtol=1e-4, atol=1e-3)\n"
         "assert 'timm' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
