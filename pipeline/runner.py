@@ -217,6 +217,7 @@ _DISK_ERRORS = {
     errno.EROFS: ("the file system is read-only", "give a writable folder with --out"),
     errno.EACCES: ("no permission to write", "give a writable folder with --out"),
     errno.EPERM: ("no permission to write", "give a writable folder with --out"),
+    errno.ENOENT: ("the folder cannot be made there", "give another folder with --out"),
     errno.ENOTDIR: ("a part of the path is a file", "give another folder with --out"),
 }
 

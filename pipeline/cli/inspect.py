@@ -38,6 +38,10 @@ def _model_file(path: Path) -> None:
     click.echo(f"{path}  {path.stat().st_size / 1e6:.2f} MB")
     for name, count in sorted(census.ops.items(), key=lambda item: (-item[1], item[0])):
         click.echo(f"  {count:5d} {name}")
+    for name, count in sorted(census.fused_activations.items()):
+        click.echo(f"  {count:5d} {name} fused into other operators")
+    for finding in inspect.gate(census):
+        click.echo(f"  ! {finding}")
     click.echo(json.dumps(metadata.read(path), indent=1))
 
 

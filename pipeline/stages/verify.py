@@ -2,13 +2,15 @@
 
 __all__ = ["run"]
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from pipeline.data.sources import ImageSource
 from pipeline.export import runtimes
@@ -76,10 +78,7 @@ def _predict(
         stage = "baseline" if which == "baseline" else "postfold"
         module = workbench.load_model(context, stage, f"models/{which}.pt")
 
-        def predict(images: NDArray[np.float32]) -> Logits:
-            with torch.inference_mode():
-                logits: Logits = module(torch.from_numpy(images)).numpy()
-            return logits
+        predict: Callable[[NDArray[np.float32]], Logits] = partial(_torch_predict, module)
     else:
         stage = "quantize" if kind.endswith("int8") else "export"
         file: FileKind = kind  # type: ignore[assignment]  # one of the four kinds by construction
@@ -92,6 +91,12 @@ def _predict(
     if labelled is None:
         return _Predictions(evaluated, evaluated[:0])
     return _Predictions(evaluated, evaluated if labelled is evaluation else over(labelled))
+
+
+def _torch_predict(module: nn.Module, images: NDArray[np.float32]) -> Logits:
+    with torch.inference_mode():
+        logits: Logits = module(torch.from_numpy(images)).numpy()
+    return logits
 
 
 def _judge(

@@ -14,7 +14,7 @@ from pipeline import recipe_files
         (["run"], ["RECIPE"]),
         (["run", "quikstart"], ["did you mean 'quickstart'"]),
         (["run", "quickstart", "--set", "model.nam=x"], ["model.nam", "did you mean 'name'"]),
-        (["run", "quickstart", "--set", "model.name=mobilenetv2_10O"], ["mobilenetv2_10O", "mobilenetv2_100"]),
+        (["run", "quickstart", "--set", "model.name=mobilenetv2_10O"], ["mobilenetv2_10O", "did you mean 'mobilenetv2_1"]),
         (["run", "quickstart", "--set", "model.weights=no_such.pt"], ["no_such.pt"]),
         (["run", "mobilenet_v2/imagenet_100"], ["data.root"]),
         (["run", "mobilenet_v2/imagenet_100", "--set", "data.root=no_such_folder"], ["no_such_folder"]),
