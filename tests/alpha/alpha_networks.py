@@ -25,6 +25,19 @@ def season(model: nn.Module, seed: int = 0) -> nn.Module:
     return model.double().eval()
 
 
+def calm(model: nn.Module, x: Tensor) -> nn.Module:
+    """Sets every BatchNorm's statistics to those of `x`, in place, so that no deep map explodes and saturates."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    with torch.no_grad():
+        model.train()(x)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    return model.eval()
+
+
 def chain(*layers: Sequence[object] | nn.Module, channels: int = 3) -> nn.Sequential:
     """A Sequential of ("conv", out, k, stride, padding, groups) tuples and modules; "bn" adds a norm."""
     built: list[nn.Module] = []
