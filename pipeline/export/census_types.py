@@ -51,7 +51,7 @@ class Census:
         file: The file's name.
         format: ``"tflite"`` or ``"onnx"``.
         bytes: Its size.
-        operators: Count by operator type.
+        ops: Count by operator type.
         fused_activations: Count by activation, for those inside another operator (TFLite only: ONNX has none).
         inputs, outputs: The graph's ends.
         quantized: Whether the file holds quantised tensors.
@@ -63,7 +63,7 @@ class Census:
     file: str
     format: str
     bytes: int
-    operators: dict[str, int]
+    ops: dict[str, int]
     fused_activations: dict[str, int]
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
@@ -72,9 +72,9 @@ class Census:
     weights: tuple[WeightRange, ...]
     metadata: dict[str, Any]
 
-    def count(self, *operators: str) -> int:
+    def count(self, *ops: str) -> int:
         """How many operators of these types the file holds."""
-        return sum(self.operators.get(name, 0) for name in operators)
+        return sum(self.ops.get(name, 0) for name in ops)
 
     def as_dict(self) -> dict[str, Any]:
         """The census as JSON-ready values."""

@@ -60,7 +60,7 @@ def gate(
     transposes = found.count(*_TRANSPOSES)
     if transposes:
         findings.append(f"{found.file}: {transposes} layout transposes, expected none")
-    foreign = sorted(set(found.operators) - known - _TRANSPOSES)
+    foreign = sorted(set(found.ops) - known - _TRANSPOSES)
     if foreign:
         findings.append(f"{found.file}: operators outside the target's set: {', '.join(foreign)}")
     asked = tuple(float_tensors)

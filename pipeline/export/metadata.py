@@ -4,7 +4,7 @@ A `.tflite` file carries it as the named metadata entry ``layerfold`` (UTF-8 JSO
 `metadata_props` entry of the same name. Runtimes ignore both.
 """
 
-__all__ = ["ENTRY", "read", "write"]
+__all__ = ["ENTRY", "read", "read_entry", "write", "write_entry"]
 
 import json
 from collections.abc import Mapping
@@ -30,12 +30,7 @@ def write(path: Path | str, content: Mapping[str, Any]) -> None:
     Raises:
         ExportError: The file is missing, damaged or of another format, or `content` is not JSON.
     """
-    file = Path(path)
-    try:
-        text = json.dumps(dict(content), sort_keys=True, ensure_ascii=False, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise ExportError(f"the metadata of {file.name} is not JSON: {error}") from error
-    _choose(file, _write_tflite, _write_onnx)(file, text)
+    write_entry(path, ENTRY, content)
 
 
 def read(path: Path | str) -> dict[str, Any]:
@@ -44,8 +39,23 @@ def read(path: Path | str) -> dict[str, Any]:
     Raises:
         ExportError: The file is missing, damaged or of another format.
     """
+    return read_entry(path, ENTRY)
+
+
+def write_entry(path: Path | str, entry: str, content: Mapping[str, Any]) -> None:
+    """Writes `content` as the named entry, as `write` does for the main one; other entries stay."""
     file = Path(path)
-    text = _choose(file, _read_tflite, _read_onnx)(file)
+    try:
+        text = json.dumps(dict(content), sort_keys=True, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ExportError(f"the metadata of {file.name} is not JSON: {error}") from error
+    _choose(file, _write_tflite, _write_onnx)(file, entry, text)
+
+
+def read_entry(path: Path | str, entry: str) -> dict[str, Any]:
+    """The named entry, as `read` does for the main one."""
+    file = Path(path)
+    text = _choose(file, _read_tflite, _read_onnx)(file, entry)
     if text is None:
         return {}
     try:
@@ -65,12 +75,12 @@ def _choose(file: Path, tflite: Any, onnx: Any) -> Any:
     raise ExportError(f"'{file.suffix}' files carry no metadata ({file.name})", hint="expected .tflite or .onnx")
 
 
-def _write_tflite(file: Path, text: str) -> None:
+def _write_tflite(file: Path, name: str, text: str) -> None:
     schema = require("ai_edge_litert.schema_py_generated", extra="tflite")
     model = flatbuffer.read(file)
     data = list(text.encode())
     for entry in model.metadata or []:
-        if entry.name == ENTRY.encode():
+        if entry.name == name.encode():
             model.buffers[entry.buffer].data = data
             break
     else:
@@ -78,16 +88,16 @@ def _write_tflite(file: Path, text: str) -> None:
         buffer.data = data
         model.buffers.append(buffer)
         entry = schema.MetadataT()
-        entry.name = ENTRY.encode()
+        entry.name = name.encode()
         entry.buffer = len(model.buffers) - 1
         model.metadata = [*(model.metadata or []), entry]
     flatbuffer.write(model, file)
 
 
-def _read_tflite(file: Path) -> str | None:
+def _read_tflite(file: Path, name: str) -> str | None:
     model = flatbuffer.read(file)
     for entry in model.metadata or []:
-        if entry.name == ENTRY.encode():
+        if entry.name == name.encode():
             return bytes(bytearray(model.buffers[entry.buffer].data)).decode()
     return None
 
@@ -100,19 +110,19 @@ def _load_onnx(file: Path) -> Any:
         return onnx.load_model(str(file))
 
 
-def _write_onnx(file: Path, text: str) -> None:
+def _write_onnx(file: Path, name: str, text: str) -> None:
     onnx = require("onnx", extra="onnx")
     model = _load_onnx(file)
-    kept = [(entry.key, entry.value) for entry in model.metadata_props if entry.key != ENTRY]
+    kept = [(entry.key, entry.value) for entry in model.metadata_props if entry.key != name]
     del model.metadata_props[:]
-    for key, value in [*kept, (ENTRY, text)]:
+    for key, value in [*kept, (name, text)]:
         model.metadata_props.add(key=key, value=value)
     with replacing(file) as temporary, quietly(f"write {file.name}"):
         onnx.save_model(model, str(temporary))
 
 
-def _read_onnx(file: Path) -> str | None:
+def _read_onnx(file: Path, name: str) -> str | None:
     for entry in _load_onnx(file).metadata_props:
-        if entry.key == ENTRY:
+        if entry.key == name:
             return str(entry.value)
     return None

@@ -5,13 +5,14 @@ __all__ = ["Observer", "Observation", "observe_onnx", "observe_tflite"]
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.export import flatbuffer
 from pipeline.export.extras import require
+from pipeline.export.input_format import is_channels_last
+from pipeline.export.ports import Port, encoder
 from pipeline.export.quiet import quietly
 
 # What ONNX Runtime's quantiser calls the value behind a pair of QuantizeLinear and DequantizeLinear.
@@ -50,12 +51,17 @@ def observe_tflite(path: Path | str, threads: int = 2) -> Observer:
         )
         interpreter.allocate_tensors()
         source, target = interpreter.get_input_details()[0], interpreter.get_output_details()[0]
-        details = [item for item in interpreter.get_tensor_details() if item["name"] in computed]
+        ports = {
+            item["name"]: (item["index"], Port.of_tflite(item))
+            for item in interpreter.get_tensor_details()
+            if item["name"] in computed
+        }
+    encode = encoder(file, Port.of_tflite(source), channels_last=True)
 
     def watch(images: npt.NDArray[np.float32]) -> Observation:
-        interpreter.set_tensor(source["index"], _encode(images.transpose(0, 2, 3, 1), source))
+        interpreter.set_tensor(source["index"], np.ascontiguousarray(encode(images.transpose(0, 2, 3, 1))))
         interpreter.invoke()
-        return {item["name"]: _decode(interpreter.get_tensor(item["index"]), item) for item in details}
+        return {name: port.decode(interpreter.get_tensor(index)) for name, (index, port) in ports.items()}
 
     return Observer(watch, int(source["shape"][0]), (source["name"], target["name"]))
 
@@ -70,23 +76,6 @@ def _computed_tensors(file: Path) -> set[str]:
         for index in indices
         if flatbuffer.type_name(graph.tensors[index].type) in {"FLOAT32", "INT8", "UINT8"}
     }
-
-
-def _encode(images: npt.NDArray[np.float32], details: dict[str, Any]) -> npt.NDArray[Any]:
-    scale, zero_point = details["quantization"]
-    kind = np.dtype(details["dtype"])
-    if kind == np.float32:
-        return np.ascontiguousarray(images)
-    limits = np.iinfo(kind)
-    steps: npt.NDArray[np.float32] = np.rint(images / np.float32(scale)) + np.float32(zero_point)
-    return steps.clip(limits.min, limits.max).astype(kind)
-
-
-def _decode(values: npt.NDArray[Any], details: dict[str, Any]) -> npt.NDArray[np.float32]:
-    if values.dtype == np.float32:
-        return values
-    scale, zero_point = details["quantization"]
-    return (values.astype(np.float32) - np.float32(zero_point)) * np.float32(scale)
 
 
 def observe_onnx(path: Path | str, threads: int = 2) -> Observer:
@@ -112,14 +101,18 @@ def observe_onnx(path: Path | str, threads: int = 2) -> Observer:
         options.log_severity_level = 3
         session = runtime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         source = session.get_inputs()[0]
+        port = Port(tuple(source.shape), np.dtype(np.uint8 if source.type == "tensor(uint8)" else np.float32))
+        channels_last = is_channels_last(file)
+        encode = encoder(file, port, channels_last)
         ends = (source.name, session.get_outputs()[0].name)
         names = [value.name for value in watched if not value.name.endswith(_ROUNDED)] + [ends[1]]
         # What a quantised file hands on is the value after rounding, which also does the work of a removed Clip.
         fetched = [f"{name}{_ROUNDED}" if f"{name}{_ROUNDED}" in computed else name for name in names]
 
     def watch(images: npt.NDArray[np.float32]) -> Observation:
-        images = np.ascontiguousarray(images)
-        values = dict(zip(names, session.run(fetched, {source.name: images}), strict=True))
-        return {ends[0]: images, **values}
+        laid_out = images.transpose(0, 2, 3, 1) if channels_last else images
+        encoded = np.ascontiguousarray(encode(laid_out))
+        values = dict(zip(names, session.run(fetched, {source.name: encoded}), strict=True))
+        return {ends[0]: encoded.astype(np.float32), **values}
 
     return Observer(watch, int(source.shape[0]), ends)

@@ -2,15 +2,18 @@
 
 __all__ = ["export_fp32"]
 
+import copy
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from pipeline.errors import ExportError
+from pipeline.export import metadata
 from pipeline.export.extras import require
+from pipeline.export.input_format import ENTRY, PixelInput, with_pixel_input
 from pipeline.export.lowering import lower
 from pipeline.export.naming import name_values
 from pipeline.export.quiet import quietly
@@ -23,13 +26,22 @@ OUTPUT_NAME = "logits"
 OPSET = 18
 
 
-def export_fp32(model: nn.Module, example: Tensor, path: Path | str) -> ExportInfo:
-    """Converts a model to a float32 `.onnx` file with NCHW input ``image`` and output ``logits``.
+def export_fp32(
+    model: nn.Module,
+    example: Tensor,
+    path: Path | str,
+    *,
+    pixels: PixelInput | None = None,
+    channels_last: bool = False,
+) -> ExportInfo:
+    """Converts a model to a float32 `.onnx` file with input ``image`` and output ``logits``.
 
     Args:
         model: Any network that `pipeline.export.lowering.lower` accepts, or one that it returned.
         example: Normalised input of shape [N, C, H, W]; the file's input shape.
         path: Where to write; an existing file is replaced only by a whole one.
+        pixels: The file takes uint8 pixels and normalises them so; without it, normalised float32 images.
+        channels_last: The input is [N, H, W, C], at the cost of one Transpose; [N, C, H, W] otherwise.
 
     Returns:
         The record; its notes say which simplifier ran.
@@ -40,6 +52,11 @@ def export_fp32(model: nn.Module, example: Tensor, path: Path | str) -> ExportIn
     target = Path(path)
     started = time.perf_counter()
     network = lower(model, example)
+    image = example.detach().cpu().float()
+    if pixels is not None:
+        network, image = with_pixel_input(network, pixels), image.to(torch.uint8)
+    if channels_last:
+        network, image = _with_channels_last(network), image.permute(0, 2, 3, 1).contiguous()
     onnx = require("onnx", extra="onnx")
     require("onnxscript", extra="onnx")
     doing = f"convert the model to ONNX ({target.name})"
@@ -47,7 +64,7 @@ def export_fp32(model: nn.Module, example: Tensor, path: Path | str) -> ExportIn
     with quietly(doing, hint=hint), torch.no_grad():
         program = torch.onnx.export(
             network,
-            (example.detach().cpu().float(),),
+            (image,),
             dynamo=True,
             external_data=False,
             input_names=[INPUT_NAME],
@@ -63,9 +80,28 @@ def export_fp32(model: nn.Module, example: Tensor, path: Path | str) -> ExportIn
     with replacing(target) as temporary, quietly(f"write {target.name}"):
         onnx.checker.check_model(proto, full_check=True)
         onnx.save_model(proto, str(temporary))
+        if pixels is not None or channels_last:
+            spec = pixels.as_dict() if pixels is not None else {"values": "normalised", "dtype": "float32"}
+            metadata.write_entry(temporary, ENTRY, {**spec, "layout": "NHWC" if channels_last else "NCHW"})
     return ExportInfo.of(
         target, converter=f"torch.onnx {torch.__version__.split('+')[0]}", since=started, notes=(note,)
     )
+
+
+def _with_channels_last(network: fx.GraphModule) -> fx.GraphModule:
+    """A lowered network over [N, H, W, C]; as a wrapper around it it would hide shapes."""
+    result = copy.deepcopy(network)
+    image = next(node for node in result.graph.nodes if node.op == "placeholder")
+    readers = list(image.users)
+    with result.graph.inserting_after(image):
+        permuted = result.graph.call_function(torch.ops.aten.permute.default, (image, [0, 3, 1, 2]))
+    with result.graph.inserting_after(permuted):
+        # Without it the strides stay channels-last, and the exporter spells the pooling out as a gather.
+        contiguous = result.graph.call_function(torch.ops.aten.contiguous.default, (permuted,))
+    for reader in readers:
+        reader.replace_input_with(image, contiguous)
+    result.recompile()
+    return result
 
 
 def simplify(proto: Any) -> tuple[Any, str]:

@@ -55,6 +55,10 @@ def tflite_int8(
     started = time.perf_counter()
     observer = observe_tflite(source)
     spans = activation_ranges(observer, calibration, method=ranges, percentile=percentile)
+    pixels = _cast_of_pixels(flatbuffer.read(source))
+    if pixels is not None:
+        # With exactly these ends the step is one grey level: uint8 and int8 pixels differ by their zero point only.
+        spans[pixels] = Range(0.0, 255.0)
     kept = _float_tensors(float_layers, spans)
     model = flatbuffer.read(source)
     widened = widen_dead_channels(model, spans)
@@ -83,7 +87,10 @@ def tflite_int8(
         content = quantizer.quantize(statistics, enable_progress_report=False).quantized_model
         temporary.write_bytes(bytes(content))
         # The quantiser appends the weights behind the tree; older runtimes only read them inside it.
-        flatbuffer.write(flatbuffer.read(temporary), temporary)
+        quantized = flatbuffer.read(temporary)
+        if pixels is not None and not float_io:
+            _drop_cast_of_pixels(quantized)
+        flatbuffer.write(quantized, temporary)
     notes = [f"{ranges} ranges", "per-channel weights" if per_channel else "per-tensor weights"]
     if widened:
         count = sum(widened.values())
@@ -91,6 +98,35 @@ def tflite_int8(
     if kept:
         notes.append(f"float32: {', '.join(sorted(float_layers))}")
     return ExportInfo.of(target, converter=f"ai-edge-quantizer {version}", since=started, notes=tuple(notes))
+
+
+def _cast_of_pixels(model: Any) -> str | None:
+    """The float tensor that a pixel input is cast to, or None for a file that takes float images."""
+    graph = model.subgraphs[0]
+    for operator in graph.operators:
+        if flatbuffer.operator_name(model, operator) == "CAST" and operator.inputs[0] == graph.inputs[0]:
+            return flatbuffer.tensor_name(graph.tensors[operator.outputs[0]])
+    return None
+
+
+def _drop_cast_of_pixels(model: Any) -> None:
+    """Feeds uint8 pixels to the QUANTIZE operator behind the CAST, which then only moves the zero point."""
+    schema = require("ai_edge_litert.schema_py_generated", extra="tflite")
+    graph = model.subgraphs[0]
+    image = int(graph.inputs[0])
+    casts = [
+        operator
+        for operator in graph.operators
+        if flatbuffer.operator_name(model, operator) == "CAST" and operator.inputs[0] == image
+    ]
+    for cast in casts:
+        for operator in graph.operators:
+            if operator.inputs[0] == cast.outputs[0]:
+                operator.inputs = [image, *list(operator.inputs)[1:]]
+        graph.operators.remove(cast)
+    parameters = schema.QuantizationParametersT()
+    parameters.scale, parameters.zeroPoint = [1.0], [0]
+    graph.tensors[image].quantization = parameters
 
 
 def _statistics(span: Range) -> dict[str, npt.NDArray[np.float32]]:

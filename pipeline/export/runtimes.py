@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import ExportError
-from pipeline.export import metadata
 from pipeline.export.extras import require
+from pipeline.export.input_format import is_channels_last
+from pipeline.export.ports import Port, encoder
 from pipeline.export.quiet import quietly
 
 Images = npt.NDArray[np.float32]
@@ -50,41 +51,19 @@ def open_model(path: Path | str, threads: int = 2) -> Predictor:
     raise ExportError(f"no runtime for '{file.suffix}' ({file.name})", hint="expected .tflite, .onnx or .ort")
 
 
-class _Port:
-    """One input or output of a file: its shape, type and quantisation."""
-
-    def __init__(self, shape: tuple[int, ...], dtype: Any, scale: float = 0.0, zero_point: int = 0) -> None:
-        self.shape = shape
-        self.dtype = np.dtype(dtype)
-        self.scale = scale
-        self.zero_point = zero_point
-
-    def encode(self, values: Images) -> npt.NDArray[Any]:
-        if not np.issubdtype(self.dtype, np.integer):
-            return values.astype(self.dtype)
-        limits = np.iinfo(self.dtype)
-        steps: npt.NDArray[np.float32] = np.rint(values / np.float32(self.scale)) + np.float32(self.zero_point)
-        return steps.clip(limits.min, limits.max).astype(self.dtype)
-
-    def decode(self, values: npt.NDArray[Any]) -> Logits:
-        if not np.issubdtype(self.dtype, np.integer):
-            return values.astype(np.float32)
-        return (values.astype(np.float32) - np.float32(self.zero_point)) * np.float32(self.scale)
-
-
 _Invoke = Callable[[npt.NDArray[Any]], npt.NDArray[Any]]
 
 
 class _File:
     """A predictor over one compiled inference of a fixed batch size."""
 
-    def __init__(self, path: Path, invoke: _Invoke, source: _Port, target: _Port, channels_last: bool) -> None:
+    def __init__(self, path: Path, invoke: _Invoke, source: Port, target: Port, channels_last: bool) -> None:
         self._path = path
         self._invoke = invoke
         self._source = source
         self._target = target
         self._channels_last = channels_last
-        self._pixels = _pixel_map(path, source, channels_last)
+        self._encode = encoder(path, source, channels_last)
 
     def predict(self, batch: Images) -> Logits:
         if batch.ndim != 4:
@@ -98,7 +77,7 @@ class _File:
                 f"{self._path.name} takes images of {layout} {self._source.shape[1:]}, was given {images.shape[1:]}",
                 hint="use the resolution and channels that the file was exported with",
             )
-        encoded = self._pixels(images) if self._pixels else self._source.encode(images)
+        encoded = self._encode(images)
         step = self._source.shape[0]
         outputs = [self._run(encoded[start : start + step], step) for start in range(0, len(encoded), step)]
         if not outputs:
@@ -112,19 +91,7 @@ class _File:
         return self._invoke(np.ascontiguousarray(images))[: step - missing]
 
 
-def _pixel_map(path: Path, source: _Port, channels_last: bool) -> Callable[[Images], npt.NDArray[Any]] | None:
-    """How normalised images become the raw pixels that a uint8 file takes; None for other files."""
-    if source.dtype != np.uint8:
-        return None
-    spec = metadata.read(path).get("input")
-    if not isinstance(spec, dict) or spec.get("values") != "pixels":
-        return None
-    shape = (1, 1, 1, -1) if channels_last else (1, -1, 1, 1)
-    mean, std = (np.asarray(spec[key], dtype=np.float32).reshape(shape) for key in ("mean", "std"))
-    return lambda images: np.clip(np.rint((images * std + mean) * 255.0), 0, 255).astype(np.uint8)
-
-
-def _open_tflite(path: Path, threads: int) -> tuple[_Invoke, _Port, _Port, bool]:
+def _open_tflite(path: Path, threads: int) -> tuple[_Invoke, Port, Port, bool]:
     runtime = require("ai_edge_litert.interpreter", extra="tflite")
     hint = "the file is damaged or was not written to its end: export it again"
     with quietly(f"open {path.name} with LiteRT", hint=hint):
@@ -138,18 +105,13 @@ def _open_tflite(path: Path, threads: int) -> tuple[_Invoke, _Port, _Port, bool]
         result: npt.NDArray[Any] = interpreter.get_tensor(target["index"])
         return result
 
-    return invoke, _tflite_port(source), _tflite_port(target), True
-
-
-def _tflite_port(details: dict[str, Any]) -> _Port:
-    scale, zero_point = details["quantization"]
-    return _Port(tuple(int(size) for size in details["shape"]), details["dtype"], scale, zero_point)
+    return invoke, Port.of_tflite(source), Port.of_tflite(target), True
 
 
 _ONNX_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
 
 
-def _open_onnx(path: Path, threads: int) -> tuple[_Invoke, _Port, _Port, bool]:
+def _open_onnx(path: Path, threads: int) -> tuple[_Invoke, Port, Port, bool]:
     runtime = require("onnxruntime", extra="onnx")
     hint = "the file is damaged or was not written to its end: export it again"
     with quietly(f"open {path.name} with ONNX Runtime", hint=hint):
@@ -167,15 +129,14 @@ def _open_onnx(path: Path, threads: int) -> tuple[_Invoke, _Port, _Port, bool]:
         result: npt.NDArray[Any] = session.run(None, {source.name: images})[0]
         return result
 
-    channels_last = metadata.read(path).get("input", {}).get("layout") == "NHWC"
-    return invoke, _onnx_port(path, source), _onnx_port(path, target), channels_last
+    return invoke, _onnx_port(path, source), _onnx_port(path, target), is_channels_last(path)
 
 
-def _onnx_port(path: Path, value: Any) -> _Port:
+def _onnx_port(path: Path, value: Any) -> Port:
     kind = _ONNX_TYPES.get(value.type)
     if kind is None or not all(isinstance(size, int) for size in value.shape):
         raise ExportError(
             f"{path.name}: '{value.name}' is {value.type} {value.shape}, expected float or uint8 of a fixed shape",
             hint="export the model with static shapes",
         )
-    return _Port(tuple(value.shape), kind)
+    return Port(tuple(value.shape), np.dtype(kind))

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import ExportError
+from pipeline.export import metadata
 from pipeline.export.extras import require
+from pipeline.export.input_format import ENTRY, PixelInput, with_pixel_input
 from pipeline.export.lowering import lower
 from pipeline.export.naming import name_tensors
 from pipeline.export.quiet import quietly
@@ -54,7 +56,7 @@ def file_sha256(path: Path | str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def export_fp32(model: nn.Module, example: Tensor, path: Path | str) -> ExportInfo:
+def export_fp32(model: nn.Module, example: Tensor, path: Path | str, *, pixels: PixelInput | None = None) -> ExportInfo:
     """Converts a model to a float32 `.tflite` file with NHWC input.
 
     The input is declared channels-last, so that the converter cancels every layout transpose instead of leaving one
@@ -64,6 +66,7 @@ def export_fp32(model: nn.Module, example: Tensor, path: Path | str) -> ExportIn
         model: Any network that `pipeline.export.lowering.lower` accepts, or one that it returned.
         example: Normalised input of shape [N, C, H, W]; the file's input is [N, H, W, C] of that size.
         path: Where to write; an existing file is replaced only by a whole one.
+        pixels: The file takes uint8 pixels and normalises them so; without it, normalised float32 images.
 
     Raises:
         ExportError: The `tflite` extra is missing, or the model cannot be converted; no file is left.
@@ -71,6 +74,9 @@ def export_fp32(model: nn.Module, example: Tensor, path: Path | str) -> ExportIn
     target = Path(path)
     started = time.perf_counter()
     network = lower(model, example)
+    image = example.detach().cpu().float()
+    if pixels is not None:
+        network, image = with_pixel_input(network, pixels), image.to(torch.uint8)
     doing = f"convert the model to TFLite ({target.name})"
     with quietly(doing):
         litert_torch = require("litert_torch", extra="tflite")
@@ -78,10 +84,12 @@ def export_fp32(model: nn.Module, example: Tensor, path: Path | str) -> ExportIn
     hint = "an operation has no TFLite counterpart: replace it in the model, or leave 'tflite' out of the targets"
     with replacing(target) as temporary:
         with quietly(doing, hint=hint), torch.no_grad():
-            channels_last = example.detach().cpu().float().permute(0, 2, 3, 1).contiguous()
+            channels_last = image.permute(0, 2, 3, 1).contiguous()
             wrapped = litert_torch.to_channel_last_io(network, args=[0]).eval()
             litert_torch.convert(wrapped, (channels_last,)).export(str(temporary))
         if not temporary.is_file() or temporary.read_bytes()[4:8] != b"TFL3":
             raise ExportError(f"the converter wrote no TFLite file for {target.name}", hint=hint)
         name_tensors(temporary, network)
+        if pixels is not None:
+            metadata.write_entry(temporary, ENTRY, {**pixels.as_dict(), "layout": "NHWC"})
     return ExportInfo.of(target, converter=f"litert-torch {version}", since=started)

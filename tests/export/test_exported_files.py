@@ -55,7 +55,7 @@ def test_batches_are_predicted_image_by_image(files: Files, kind: str) -> None:
 
 def test_the_census_of_the_float_tflite_file(files: Files) -> None:
     found = inspect.census(files["tflite"])
-    assert found.operators == {
+    assert found.ops == {
         "ADD": 1,
         "CONV_2D": CONVOLUTIONS - 1,
         "DEPTHWISE_CONV_2D": 1,
@@ -89,7 +89,7 @@ def test_weight_ranges_are_those_of_the_folded_weights(files: Files, network: Ti
 
 def test_the_gate_names_what_is_wrong(files: Files) -> None:
     found = inspect.census(files["tflite"])
-    assert "operators outside the target's set: MEAN" in inspect.gate(found, allowed=set(found.operators) - {"MEAN"})[0]
+    assert "operators outside the target's set: MEAN" in inspect.gate(found, allowed=set(found.ops) - {"MEAN"})[0]
     assert "1 padding operators, expected at most 0" in inspect.gate(found, max_pads=0)[0]
 
 
