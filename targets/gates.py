@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-__all__ = ["Gates", "busy_fractions", "load_reason", "read_host_gates", "wait_until_idle"]
+__all__ = ["Gates", "busy_between", "busy_fractions", "load_reason", "read_host_gates", "wait_until_idle"]
 
 # A neighbour that takes a tenth of a core moves a median by about as much as a folded block does.
 MAX_BUSY_FRACTION = 0.10
@@ -44,16 +44,25 @@ class Gates:
     notes: Mapping[str, str] = field(default_factory=dict)
 
 
-def _cpu_ticks(proc: Path) -> dict[int, tuple[int, int]]:
-    """Reads (busy, total) ticks of every core from ``proc/stat``; time stolen by a hypervisor counts as busy."""
+def _cpu_ticks(stat: str) -> dict[int, tuple[int, int]]:
+    """Reads (busy, total) ticks of every core from ``/proc/stat``; time stolen by a hypervisor counts as busy."""
     ticks: dict[int, tuple[int, int]] = {}
-    for line in (proc / "stat").read_text(encoding="ascii").splitlines():
-        label, *rest = line.split()
-        if label.startswith("cpu") and label[3:].isdigit():
+    for line in stat.splitlines():
+        label, *rest = line.split() or [""]
+        if label.startswith("cpu") and label[3:].isdigit() and len(rest) >= 5 and all(w.isdigit() for w in rest[:8]):
             counts = [int(word) for word in rest[:8]]
-            idle = counts[3] + counts[4]
-            ticks[int(label[3:])] = (sum(counts) - idle, sum(counts))
+            ticks[int(label[3:])] = (sum(counts) - counts[3] - counts[4], sum(counts))
     return ticks
+
+
+def busy_between(stat_before: str, stat_after: str) -> dict[int, float]:
+    """Computes each core's busy share, 0 to 1, from two readings of ``/proc/stat``."""
+    before = _cpu_ticks(stat_before)
+    fractions = {}
+    for core, (busy, total) in _cpu_ticks(stat_after).items():
+        if core in before and total > before[core][1]:
+            fractions[core] = (busy - before[core][0]) / (total - before[core][1])
+    return fractions
 
 
 def busy_fractions(sample_s: float = SAMPLE_S, *, proc: Path = Path("/proc")) -> dict[int, float]:
@@ -68,15 +77,9 @@ def busy_fractions(sample_s: float = SAMPLE_S, *, proc: Path = Path("/proc")) ->
     """
     if not (proc / "stat").exists():
         return {}
-    before = _cpu_ticks(proc)
+    before = (proc / "stat").read_text(encoding="ascii")
     time.sleep(sample_s)
-    after = _cpu_ticks(proc)
-    fractions = {}
-    for core, (busy, total) in after.items():
-        busy_before, total_before = before.get(core, (busy, total))
-        elapsed = total - total_before
-        fractions[core] = (busy - busy_before) / elapsed if elapsed > 0 else 0.0
-    return fractions
+    return busy_between(before, (proc / "stat").read_text(encoding="ascii"))
 
 
 def _read_text(path: Path) -> str | None:

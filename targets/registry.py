@@ -20,9 +20,10 @@ ENTRY_POINT_GROUP = "layerfold.targets"
 _BUILT_IN: Mapping[str, str] = {
     "host-litert": "targets.host:litert",
     "host-ort": "targets.host:ort",
+    "android": "targets.android:AndroidTarget",
 }
 # Functions that list what is attached, each for one kind of target.
-_LISTERS = ("targets.host:devices",)
+_LISTERS = ("targets.host:devices", "targets.android:devices")
 
 
 def names() -> list[str]:

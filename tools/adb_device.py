@@ -239,6 +239,9 @@ def inside(state: Path, serial: str) -> None:
     subprocess.run(
         [*enter, sys.executable, str(Path(__file__).resolve()), "--state", str(state), "_adbd", serial], check=True
     )
+    # The server backs off from a device that went away; told to forget it, it connects at once.
+    env = {**os.environ, "ADB_SERVER_SOCKET": f"localfilesystem:{state / 'adb.sock'}"}
+    subprocess.run(["adb", "disconnect", serial], env=env, capture_output=True, timeout=30)
     connect(state, serial, time.monotonic() + WAIT_S)
 
 

@@ -1,0 +1,117 @@
+"""Target ``android``: a phone, or a Linux device, behind adb. Named ``android`` or ``android:SERIAL``."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from targets.adb import AdbRemote, attached, choose
+from targets.base import Device, Measurement, OnProgress
+from targets.errors import DeviceError, OptionError, RuntimeMissingError, TimeoutExpiredError
+from targets.remote_benchmark import RemoteSettings, ask, benchmark, describe
+from targets.runners import BenchmarkModelRunner, PerfTestRunner, PythonRunner, Runner
+
+__all__ = ["AndroidTarget", "devices"]
+
+RunnerName = Literal["tool", "python"]
+
+
+def devices() -> list[Device]:
+    """Lists what adb sees, usable or not; a machine without adb has none."""
+    try:
+        found = attached()
+    except (RuntimeMissingError, DeviceError, TimeoutExpiredError):
+        return []
+    return [
+        Device(item.serial, "adb", name=item.model, state="ready" if item.state == "device" else item.state)
+        for item in found
+    ]
+
+
+class AndroidTarget:
+    """Runs models on a device behind adb.
+
+    Args:
+        device: Serial; `None` takes the only device attached.
+        runner: ``tool`` runs TFLite's `benchmark_model` or ONNX Runtime's `onnxruntime_perf_test`, which the user
+            gives; ``python`` runs Python with the runtime, on a Linux device behind adb.
+        binary: The tool for the device; else ``LAYERFOLD_BENCHMARK_MODEL`` or ``LAYERFOLD_ORT_PERF_TEST`` names it.
+        libraries: Shared libraries that the tool needs beside it.
+        python: The device's interpreter, for the runner ``python``.
+        settings: Fields of `targets.remote_benchmark.RemoteSettings`, such as ``threads`` and ``cores``.
+
+    Raises:
+        OptionError: If an option has a value that makes no sense.
+    """
+
+    def __init__(
+        self,
+        *,
+        device: str | None = None,
+        runner: RunnerName = "tool",
+        binary: str | Path | None = None,
+        libraries: Sequence[str | Path] = (),
+        python: str = "python3",
+        **settings: Any,
+    ) -> None:
+        if runner not in ("tool", "python"):
+            raise OptionError(f"runner is {runner!r}, expected tool or python")
+        self.name = "android"
+        self.formats: tuple[str, ...] = ("tflite", "onnx")
+        self._serial = device
+        self._runner = runner
+        self._binary = binary
+        self._libraries = libraries
+        self._python = python
+        try:
+            self.settings = RemoteSettings(**{**settings, "cores": tuple(settings.get("cores") or ())})
+        except TypeError as error:
+            raise OptionError(f"target android: {error}", hint=f"it takes {_settings_names()}") from error
+
+    def device(self) -> Device:
+        """Asks the device who it is."""
+        remote = AdbRemote(choose(self._serial))
+        return describe(remote, ask(remote))
+
+    def benchmark(
+        self,
+        paths: Sequence[Path | str],
+        *,
+        warmup: int = 5,
+        runs: int = 60,
+        restarts: int = 3,
+        quick: bool = False,
+        on_progress: OnProgress | None = None,
+    ) -> list[Measurement]:
+        """Measures the files; see `targets.remote_benchmark.benchmark` for the errors."""
+        runner = make_runner(paths, self._runner, binary=self._binary, libraries=self._libraries, python=self._python)
+        remote = AdbRemote(choose(self._serial))
+        return benchmark(
+            remote, runner, self.settings, paths, name=self.name, warmup=warmup, runs=runs, restarts=restarts,
+            quick=quick, on_progress=on_progress,
+        )  # fmt: skip
+
+
+def make_runner(
+    paths: Sequence[Path | str],
+    runner: RunnerName,
+    *,
+    binary: str | Path | None,
+    libraries: Sequence[str | Path],
+    python: str,
+) -> Runner:
+    """Picks the runner for the files' format, which must be one and the same.
+
+    Raises:
+        OptionError: If the files are of several formats, so that no one runtime could compare them.
+    """
+    formats = {Path(path).suffix.lower() for path in paths}
+    if len(formats) > 1:
+        raise OptionError(f"the files have several formats, {', '.join(sorted(formats))}: compare like with like")
+    onnx = formats == {".onnx"}
+    if runner == "python":
+        return PythonRunner("ort" if onnx else "litert", python=python)
+    return (PerfTestRunner if onnx else BenchmarkModelRunner)(binary=binary, libraries=libraries)
+
+
+def _settings_names() -> str:
+    return ", ".join(RemoteSettings.__dataclass_fields__)

@@ -1,0 +1,233 @@
+"""What a device behind a wire can do, and a folder on it that is always cleaned up.
+
+`adb` and `ssh` are two kinds of `Remote`; everything above this module is the same for both.
+"""
+
+import hashlib
+import os
+import re
+import shlex
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import platformdirs
+from filelock import FileLock, Timeout
+
+from targets.base import DeviceKind
+from targets.errors import DeviceBusyError, DeviceError, DeviceLostError, TargetError, TransferError
+from targets.model_file import sha256_of
+
+__all__ = [
+    "Remote",
+    "Reply",
+    "Workspace",
+    "device_lock",
+    "quoted",
+    "sentinel_command",
+    "split_at_sentinel",
+    "workspace",
+]
+
+PREFIX = "layerfold"
+_CLEANUP_TIMEOUT_S = 8.0
+_PUSH_ATTEMPTS = 2
+_SWEEP = 'for d in "$1"/*; do case "$d" in "$1/$2-"*) rm -rf "$d";; esac; done'
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a command on the device answered: decoded output and its exit status."""
+
+    stdout: str
+    stderr: str
+    code: int
+
+
+class Remote(Protocol):
+    """A device that commands can be run on and files be sent to.
+
+    Attributes:
+        id: Serial or address; names the device in messages and locks.
+        kind: Kind of the device.
+        storage: Folder on the device where a folder of our own can be made.
+    """
+
+    id: str
+    kind: DeviceKind
+    storage: str
+
+    def shell(self, argv: Sequence[str], *, timeout_s: float) -> Reply:
+        """Runs one command; raises `DeviceLostError` if its end was not seen, `TimeoutExpiredError` if too slow."""
+        ...
+
+    def push(self, local: Path, remote: str, *, timeout_s: float) -> None:
+        """Sends a file; raises `DeviceFullError`, `DeviceLostError` or `TransferError`."""
+        ...
+
+    def pull(self, remote: str, local: Path, *, timeout_s: float) -> None:
+        """Fetches a file; raises `DeviceLostError` or `TransferError`."""
+        ...
+
+    def stream(self, argv: Sequence[str]) -> list[str]:
+        """Returns the local command that runs `argv` there with standard input and output passed through."""
+        ...
+
+    def env(self) -> Mapping[str, str] | None:
+        """Returns the environment that the local command needs, or `None` for the current one."""
+        ...
+
+    def is_alive(self) -> bool:
+        """Says whether the device still answers, within a few seconds."""
+        ...
+
+
+def quoted(argv: Sequence[str]) -> str:
+    """Turns an argument vector into the one line that a remote shell takes apart again, every word quoted."""
+    return " ".join(shlex.quote(word) for word in argv)
+
+
+def sentinel_command(argv: Sequence[str]) -> tuple[str, str]:
+    """Returns the line that runs `argv` and then says so with its status, and the word that it will say.
+
+    A device that dies in the middle of a command can look like one that ended well, with its output cut.
+    """
+    nonce = f"end-{uuid.uuid4().hex}"
+    return f"{quoted(argv)} </dev/null; code=$?; echo; echo {nonce} $code", nonce
+
+
+def split_at_sentinel(stdout: str, stderr: str, nonce: str, device: str) -> Reply:
+    """Takes the end mark off the output.
+
+    Raises:
+        DeviceLostError: If the mark is missing or cut.
+    """
+    found = re.search(rf"\n{nonce} (\d+)\r?\n\Z", stdout)
+    if not found:
+        tail = (stderr or stdout).strip()[-200:]
+        raise DeviceLostError(f"{device} went away in the middle of a command: {tail or 'no output'}")
+    return Reply(stdout[: found.start()], stderr, int(found[1]))
+
+
+def owner_tag() -> str:
+    """Names this machine's user on a device, so that left-over folders are recognised and others' are left alone."""
+    identity = f"{os.uname().nodename}/{os.getuid()}"
+    machine_id = Path("/etc/machine-id")
+    if machine_id.exists():
+        identity += machine_id.read_text(encoding="ascii", errors="replace")
+    return f"{PREFIX}-{hashlib.sha256(identity.encode()).hexdigest()[:10]}"
+
+
+@contextmanager
+def device_lock(identity: str, *, wait_s: float = 0.0) -> Iterator[None]:
+    """Holds a device for this process, against every other process of this user.
+
+    Args:
+        identity: Serial or address.
+        wait_s: How long to wait for another run to end, in seconds.
+
+    Raises:
+        DeviceBusyError: If another process still holds the device then.
+    """
+    folder = platformdirs.user_state_path("layerfold") / "locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.lock")
+    try:
+        lock.acquire(timeout=wait_s)
+    except Timeout as error:
+        hint = "wait for the other run to end, or raise lock_wait_s"
+        raise DeviceBusyError(f"another run holds {identity}", hint=hint) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class Workspace:
+    """A folder on a device; made by `workspace`."""
+
+    def __init__(self, remote: Remote, folder: str, *, push_timeout_s: float, shell_timeout_s: float) -> None:
+        self.remote = remote
+        self.folder = folder
+        self.push_timeout_s = push_timeout_s
+        self.shell_timeout_s = shell_timeout_s
+
+    def put(self, local: Path, name: str, *, executable: bool = False) -> str:
+        """Sends a file under `name`, checks what arrived, and returns its path on the device.
+
+        Raises:
+            TransferError: If what arrived differs, also at the second try.
+            DeviceFullError: If there is no room.
+            DeviceLostError: If the device went away.
+        """
+        path = f"{self.folder}/{name}"
+        wanted = sha256_of(local)
+        for attempt in range(1, _PUSH_ATTEMPTS + 1):
+            try:
+                self.remote.push(local, path, timeout_s=self.push_timeout_s)
+                found = self._sha256(path)
+                if found != wanted:
+                    raise TransferError(f"{name} arrived on {self.remote.id} with SHA-256 {found}, sent {wanted}")
+                break
+            except TransferError:
+                # Sending a file again does no harm, so a cut transfer gets one more try.
+                if attempt == _PUSH_ATTEMPTS or not self.remote.is_alive():
+                    raise
+        if executable:
+            self.check(["chmod", "700", path])
+        return path
+
+    def check(self, argv: Sequence[str], *, timeout_s: float | None = None) -> Reply:
+        """Runs a command that must succeed.
+
+        Raises:
+            DeviceError: If it does not.
+        """
+        reply = self.remote.shell(argv, timeout_s=timeout_s or self.shell_timeout_s)
+        if reply.code != 0:
+            says = (reply.stderr or reply.stdout).strip()[-300:]
+            raise DeviceError(f"{argv[0]} failed on {self.remote.id} with status {reply.code}: {says}")
+        return reply
+
+    def _sha256(self, path: str) -> str:
+        for tool in (["sha256sum"], ["toybox", "sha256sum"]):
+            reply = self.remote.shell([*tool, path], timeout_s=self.push_timeout_s)
+            if found := re.match(r"\\?([0-9a-f]{64})\s", reply.stdout):
+                return found[1]
+        raise TransferError(f"{self.remote.id} cannot say the SHA-256 of {path}: {reply.stderr.strip()[-200:]}")
+
+
+@contextmanager
+def workspace(remote: Remote, *, push_timeout_s: float = 300.0, shell_timeout_s: float = 30.0) -> Iterator[Workspace]:
+    """Makes a folder on the device and removes it in the end, whatever happens; call it with the device locked.
+
+    Folders that an earlier run of this user could not remove (the device was gone, or this machine) go first.
+
+    Raises:
+        DeviceError: If the folder cannot be made.
+    """
+    tag = owner_tag()
+    space = Workspace(
+        remote, f"{remote.storage}/{tag}-{uuid.uuid4().hex[:12]}",
+        push_timeout_s=push_timeout_s, shell_timeout_s=shell_timeout_s,
+    )  # fmt: skip
+    space.check(["sh", "-c", _SWEEP, "sh", remote.storage, tag])
+    space.check(["mkdir", "-m", "700", space.folder])
+    try:
+        yield space
+    except BaseException as error:
+        try:
+            _remove(space)
+        except TargetError as left:
+            # The first error is the one to report; the next run on the device sweeps the folder.
+            error.add_note(f"{space.folder} is left on {remote.id} until the next run there: {left.what}")
+        raise
+    else:
+        _remove(space)
+
+
+def _remove(space: Workspace) -> None:
+    space.check(["rm", "-rf", space.folder], timeout_s=_CLEANUP_TIMEOUT_S)
