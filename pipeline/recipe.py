@@ -94,6 +94,9 @@ class TrainSection(_Section):
     ema_decay: Fraction | None = None
     grad_clip_norm: Positive | None = None
     freeze_bn: bool = False
+    channels_last: bool = True
+    """NHWC memory order: nearly twice as fast on CPUs and tensor cores, the same network."""
+    amp: Literal["off", "bf16", "fp16"] = "off"
     checkpoint_every_s: Positive = 20.0
 
 

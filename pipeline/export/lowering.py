@@ -97,6 +97,10 @@ class _Lowering:
         lowered = fx.GraphModule(self._root, self._graph)
         lowered.graph.eliminate_dead_code()
         lowered.delete_all_unused_submodules()
+        # litert-torch knows constants by their address and copies those that are not contiguous (weights trained in
+        # channels-last order): a freed copy's address comes back, and one layer silently gets another's weights.
+        for tensor in (*lowered.parameters(), *lowered.buffers()):
+            tensor.data = tensor.data.contiguous()
         lowered.recompile()
         lowered.meta["lowered"] = True
         return lowered.eval()

@@ -207,6 +207,8 @@ def _fit_config(recipe: Recipe, section: TrainSection, distill: DistillSection |
         ema_decay=section.ema_decay,
         grad_clip=section.grad_clip_norm,
         freeze_bn=section.freeze_bn,
+        channels_last=section.channels_last,
+        amp=section.amp,
         checkpoint_every_s=section.checkpoint_every_s,
         distill_weight=0.0 if distill is None else distill.weight,
         distill_temperature=1.0 if distill is None else distill.temperature,
