@@ -8,16 +8,26 @@ __all__ = ["gather"]
 
 import os
 import platform
+from collections.abc import Callable
 from pathlib import Path
+
+from typing import TYPE_CHECKING
 
 from pipeline.artifacts import sha256_of
 from pipeline.errors import WeightsError
 from pipeline.recipe import Recipe
 from pipeline.versions import installed
 
+if TYPE_CHECKING:
+    from pipeline.data.datasets import Resolved
 
-def gather(recipe: Recipe) -> dict[str, str]:
+
+def gather(recipe: Recipe, *, say: Callable[[str], None]) -> dict[str, str]:
     """Looks up the facts for a recipe; obtains the data set where it has to be fetched.
+
+    Args:
+        recipe: The checked recipe.
+        say: Told what is being downloaded, which may take a minute.
 
     Returns:
         `data`: name of the data set that is there; `weights`: where weights will come from; `host`: processor
@@ -29,8 +39,13 @@ def gather(recipe: Recipe) -> dict[str, str]:
     """
     from pipeline.data import datasets
 
-    data = datasets.resolve(recipe.data.name, recipe.data.root, recipe.data.fallback)
-    return {"data": data.name, "weights": _weights(recipe), "host": _host()}
+    data = datasets.resolve(recipe.data.name, recipe.data.root, recipe.data.fallback, say=say)
+    return {"data": _data(data), "weights": _weights(recipe), "host": _host()}
+
+
+def _data(resolved: "Resolved") -> str:
+    """The set's name; for photos gathered from packages also which packages, since others give other splits."""
+    return f"{resolved.name} ({resolved.note})" if resolved.name == "photos" else resolved.name
 
 
 def _weights(recipe: Recipe) -> str:

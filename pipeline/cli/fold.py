@@ -43,7 +43,9 @@ def command(model: Path, units: str, out: Path, border: str) -> None:
     for segment in result.segments:
         if segment.windows > 1:
             ratio = segment.macs_after / segment.macs_before
-            click.echo(f"{segment.name}: {segment.windows} layers became one, MACs x{ratio:.2f}, border {segment.border}")
+            click.echo(
+                f"{segment.name}: {segment.windows} layers became one, MACs x{ratio:.2f}, border {segment.border}"
+            )
     for skip in result.skipped:
         click.echo(f"left {', '.join(skip.names)}: {skip.reason}")
     click.echo(f"MACs {before.macs / 1e6:.2f} M to {after.macs / 1e6:.2f} M, depth {before.depth} to {after.depth}")

@@ -1,6 +1,6 @@
 """Options that several verbs share, and how a recipe is read from them."""
 
-__all__ = ["out_option", "quick_option", "recipe_argument", "run_folder", "set_option"]
+__all__ = ["out_option", "quick_option", "recipe_argument", "run_folder", "say", "set_option"]
 
 from pathlib import Path
 
@@ -29,3 +29,8 @@ out_option = click.option(
 def run_folder(recipe: Recipe, out: Path | None) -> Path:
     """The run folder: the one asked for, else `runs/<recipe>-<hash>` below the current folder."""
     return out if out is not None else Path("runs") / run_folder_name(recipe)
+
+
+def say(text: str) -> None:
+    """A line on stderr, for what takes a while before the bars begin."""
+    click.echo(text, err=True)

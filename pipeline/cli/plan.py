@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from pipeline.cli.options import out_option, quick_option, recipe_argument, run_folder, set_option
+from pipeline.cli.options import out_option, quick_option, recipe_argument, run_folder, say, set_option
 
 _EPILOG = """\b
 Examples:
@@ -29,7 +29,7 @@ def command(recipe: str, out: Path | None, overrides: tuple[str, ...], quick: bo
     from pipeline import facts, plan, preflight, recipe_files, runner
 
     loaded = recipe_files.load(recipe, overrides=overrides, quick=quick)
-    found = facts.gather(loaded)
+    found = facts.gather(loaded, say=say)
     preflight.check(loaded, load_weights=False)
     planned = plan.build(loaded, found)
     folder = run_folder(loaded, out)

@@ -8,7 +8,7 @@ from types import FrameType
 
 import click
 
-from pipeline.cli.options import out_option, quick_option, recipe_argument, run_folder, set_option
+from pipeline.cli.options import out_option, quick_option, recipe_argument, run_folder, say, set_option
 from pipeline.errors import VerifyError
 
 _EPILOG = """\b
@@ -36,7 +36,7 @@ def command(recipe: str, out: Path | None, overrides: tuple[str, ...], quick: bo
 
     loaded = recipe_files.load(recipe, overrides=overrides, quick=quick)
     folder = run_folder(loaded, out)
-    planned = plan.build(loaded, facts.gather(loaded))
+    planned = plan.build(loaded, facts.gather(loaded, say=say))
     states = runner.stage_states(planned, folder)
     if states["prefold"] not in ("cached", "shared"):
         preflight.check(loaded, load_weights=states["baseline"] not in ("cached", "shared"))

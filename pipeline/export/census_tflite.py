@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from pipeline.export import flatbuffer, metadata
 from pipeline.export.census_types import Census, Port, WeightRange
+from pipeline.export.naming import layer_of
 
 _FLOAT = frozenset({"FLOAT32", "FLOAT16"})
 _ACTIVATIONS = {1: "RELU", 2: "RELU_N1_TO_1", 3: "RELU6", 4: "TANH"}
@@ -47,7 +48,7 @@ def read_tflite(file: Path) -> Census:
             weight = _weight(model, graph, operator)
             if weight is not None:
                 axis = 3 if name == "DEPTHWISE_CONV_2D" else 0
-                weights.append(WeightRange.of(flatbuffer.tensor_name(graph.tensors[output]), weight, axis))
+                weights.append(WeightRange.of(layer_of(model, operator), weight, axis))
     quantized = any(kind in {"INT8", "UINT8"} for kind in kinds.values())
     return Census(
         file.name,

@@ -4,7 +4,7 @@ The converters name tensors after their own classes and number them. With the mo
 a profile, a census or a quantisation table can be read: ``blocks.3.2.conv_dw`` instead of ``Conv2d_conv_dw;36``.
 """
 
-__all__ = ["ACTIVATION_SUFFIX", "name_tensors", "name_values"]
+__all__ = ["ACTIVATION_SUFFIX", "layer_of", "name_tensors", "name_values"]
 
 from collections import defaultdict
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch import fx, nn
 
 from pipeline.export import flatbuffer
 
+_WEIGHT = "/weight"
 # ONNX keeps a layer's activation apart: its output is named after the layer, with this behind it.
 ACTIVATION_SUFFIX = "/act"
 
@@ -61,6 +62,16 @@ def name_tensors(path: Path | str, network: fx.GraphModule) -> int:
         tensor.name = names.get(index, f"constant_{index}").encode()
     flatbuffer.write(model, path)
     return found
+
+
+def layer_of(model: Any, operator: Any) -> str:
+    """The layer that an operator of a named file is: by its weight, or, where it has none, by its output."""
+    tensors = model.subgraphs[0].tensors
+    if len(operator.inputs) > 1:
+        weight = flatbuffer.tensor_name(tensors[operator.inputs[1]])
+        if weight.endswith(_WEIGHT):
+            return weight.removesuffix(_WEIGHT)
+    return flatbuffer.tensor_name(tensors[operator.outputs[0]])
 
 
 def name_values(proto: Any) -> None:
