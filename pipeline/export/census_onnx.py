@@ -37,7 +37,9 @@ def read_onnx(file: Path) -> Census:
         if weight is not None
     ]
     static = operators["QuantizeLinear"] > 0
-    islands = [node.output[0] for node in graph.node if _is_float(node, producers, constants)]
+    islands = [
+        node.output[0] for node in graph.node if _is_float(node, producers, constants) and node.output[0] not in ports
+    ]
     quantized = static or operators["DynamicQuantizeLinear"] > 0
     return Census(
         file.name,

@@ -2,6 +2,7 @@
 
 __all__ = ["onnx_int8", "tflite_int8"]
 
+import re
 import tempfile
 import time
 from collections.abc import Iterable
@@ -11,10 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.errors import ExportError
+from pipeline.errors import ExportError, nearest
 from pipeline.export import flatbuffer
 from pipeline.export.dead_channels import widen_dead_channels
 from pipeline.export.extras import require
+from pipeline.export.naming import layer_of
 from pipeline.export.observe import observe_onnx, observe_tflite
 from pipeline.export.quiet import quietly
 from pipeline.export.ranges import Range, activation_ranges
@@ -55,12 +57,12 @@ def tflite_int8(
     started = time.perf_counter()
     observer = observe_tflite(source)
     spans = activation_ranges(observer, calibration, method=ranges, percentile=percentile)
-    pixels = _cast_of_pixels(flatbuffer.read(source))
+    model = flatbuffer.read(source)
+    pixels = _cast_of_pixels(model)
     if pixels is not None:
         # With exactly these ends the step is one grey level: uint8 and int8 pixels differ by their zero point only.
         spans[pixels] = Range(0.0, 255.0)
-    kept = _float_tensors(float_layers, spans)
-    model = flatbuffer.read(source)
+    kept = _float_tensors(float_layers, model)
     widened = widen_dead_channels(model, spans)
     with replacing(target) as temporary, quietly(f"quantise {source.name} to int8"):
         flatbuffer.write(model, temporary)
@@ -133,20 +135,23 @@ def _statistics(span: Range) -> dict[str, npt.NDArray[np.float32]]:
     return {"min": np.full((1, 1, 1, 1), span.low, np.float32), "max": np.full((1, 1, 1, 1), span.high, np.float32)}
 
 
-def _float_tensors(float_layers: Iterable[str], spans: dict[str, Range]) -> list[str]:
+def _float_tensors(float_layers: Iterable[str], model: Any) -> list[str]:
     """Regular expressions that match exactly the output tensors of the named layers or units."""
+    graph = model.subgraphs[0]
+    outputs = {
+        layer_of(model, item): flatbuffer.tensor_name(graph.tensors[item.outputs[0]]) for item in graph.operators
+    }
     expressions = []
     for name in float_layers:
-        inside = [tensor for tensor in spans if tensor == name or tensor.startswith(f"{name}.")]
+        inside = [tensor for layer, tensor in outputs.items() if layer == name or layer.startswith(f"{name}.")]
         if not inside:
-            known = sorted({tensor.rsplit(".", 1)[0] for tensor in spans if "." in tensor})
+            units = sorted({layer.rsplit(".", 1)[0] for layer in outputs if "." in layer})
             raise ExportError(
                 f"no layer of the file is called '{name}' or lies inside it",
-                hint=f"name a layer or a unit of it, such as {', '.join(known[:4])}",
+                hint=nearest(name, outputs) or f"name a layer or a unit of it, such as {', '.join(units[:4])}",
             )
-        escaped = [tensor.replace(".", r"\.") for tensor in inside]
         # The quantiser matches a scope that ends with a semicolon.
-        expressions += [f"^{tensor};?$" for tensor in escaped]
+        expressions += [f"^{re.escape(tensor)};?$" for tensor in inside]
     return expressions
 
 

@@ -11,7 +11,7 @@ class ConvBlock(nn.Sequential):
     def __init__(self, wide_in: int, wide_out: int, kernel: int, stride: int, groups: int, act: bool) -> None:
         norm = nn.BatchNorm2d(wide_out, eps=1e-3)
         with torch.no_grad():
-            norm.weight.uniform_(0.5, 1.5)
+            norm.weight.copy_(10 ** torch.empty(wide_out).uniform_(-0.8, 0.5))
             norm.bias.uniform_(-0.5, 1.0)
             norm.running_mean.uniform_(-0.3, 0.3)
             norm.running_var.uniform_(0.5, 2.0)
