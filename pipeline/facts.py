@@ -10,7 +10,6 @@ import os
 import platform
 from collections.abc import Callable
 from pathlib import Path
-
 from typing import TYPE_CHECKING
 
 from pipeline.artifacts import sha256_of

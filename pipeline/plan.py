@@ -34,7 +34,7 @@ _SPECS = (
     _StageSpec("fold", ("fold",), ("baseline", "prefold")),
     _StageSpec("postfold", ("postfold",), ("baseline", "fold")),
     _StageSpec("export", ("export",), ("baseline", "postfold")),
-    _StageSpec("quantize", ("quantize",), ("baseline", "export")),
+    _StageSpec("quantize", ("quantize",), ("baseline", "postfold", "export")),
     _StageSpec("verify", ("verify",), ("baseline", "postfold", "export", "quantize")),
     _StageSpec("bench", ("bench",), ("export", "quantize"), ("host",)),
     _StageSpec(

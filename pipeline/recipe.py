@@ -112,6 +112,8 @@ class PrefoldSection(_Section):
     method: Literal["alpha", "fixed"] = "alpha"
     units: Literal["all"] | tuple[str, ...] = "all"
     exclude: tuple[str, ...] = ()
+    max_macs_ratio: Positive = 2.0
+    """With units `all`: leave out a unit whose one convolution would need more than so many times its MACs."""
     lambda_c: Annotated[float, Field(ge=0)] = 0.25
     p: Annotated[float, Field(ge=1)] = 2.0
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.9
@@ -158,6 +160,8 @@ class QuantizeSection(_Section):
     """Static int8 after training; calibration images come from the training split by seed."""
 
     calibration_images: Count = 200
+    equalise: bool = True
+    """Cross-layer range equalisation before quantising; the float files stay as they are."""
 
 
 class VerifySection(_Section):

@@ -5,11 +5,14 @@ Source: Ben Dror et al., "Layer Folding", BMVC 2022, equation 1.
 
 __all__ = ["AlphaActivation", "is_activation"]
 
-from typing import Any, cast
+import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from pipeline.alpha.blend import blend_clipped
 
 _NOT_POINTWISE = (
     nn.MultiheadAttention,
@@ -28,30 +31,6 @@ def is_activation(module: nn.Module) -> bool:
         return False
     home = type(module).__module__
     return home == "torch.nn.modules.activation" or home.startswith("timm.layers.activations")
-
-
-class _BlendedReLU6(torch.autograd.Function):
-    """σ_α for ReLU6 that keeps only its input for the backward pass, as ReLU6 alone does.
-
-    Autograd on the plain formula would keep three maps of the widest layers of a mobile network.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, alpha: Tensor) -> Tensor:
-        ctx.save_for_backward(x, alpha)
-        return torch.lerp(F.hardtanh(x, 0.0, 6.0), x, alpha.to(x.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, alpha = ctx.saved_tensors
-        grad_x = grad_alpha = None
-        if ctx.needs_input_grad[0]:
-            kept = torch.ops.aten.hardtanh_backward(grad, x, 0.0, 6.0)
-            grad_x = kept.lerp_(grad, alpha.to(grad.dtype))
-        if ctx.needs_input_grad[1]:
-            cut = x - F.hardtanh(x, 0.0, 6.0)
-            grad_alpha = cut.mul_(grad).sum(dtype=alpha.dtype)
-        return grad_x, grad_alpha
 
 
 class AlphaActivation(nn.Module):
@@ -114,17 +93,20 @@ class AlphaActivation(nn.Module):
         if self.frozen == 0.0:
             return cast(Tensor, sigma(x))
         if isinstance(sigma, nn.ReLU6):
-            return cast(Tensor, _BlendedReLU6.apply(x, self.alpha))  # type: ignore[no-untyped-call]
+            return blend_clipped(x, self.alpha, 6.0)
         # ReLU, leaky ReLU and PReLU blended with the identity are leaky ReLUs of another slope: one kernel.
         if isinstance(sigma, nn.ReLU):
-            return F.prelu(x, self.coefficient(x).reshape(1))
+            return blend_clipped(x, self.alpha, math.inf) if x.device.type == "cpu" else self._leaky(x, 0.0)
         if isinstance(sigma, nn.LeakyReLU):
-            alpha = self.coefficient(x)
-            return F.prelu(x, (alpha + (1.0 - alpha) * sigma.negative_slope).reshape(1))
+            return self._leaky(x, sigma.negative_slope)
         if isinstance(sigma, nn.PReLU):
             slope = sigma.weight.to(x.dtype)
             return F.prelu(x, torch.lerp(slope, torch.ones_like(slope), self.coefficient(x)))
         return torch.lerp(sigma(x), x, self.coefficient(x))
+
+    def _leaky(self, x: Tensor, slope: float) -> Tensor:
+        alpha = self.coefficient(x)
+        return F.prelu(x, (alpha + (1.0 - alpha) * slope).reshape(1))
 
     def extra_repr(self) -> str:
         """Shows σ, α and the group in the printed model."""

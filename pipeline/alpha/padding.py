@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.alpha.border import Frame
 from pipeline.alpha.field import Field, zero_pads
 
 
@@ -38,7 +39,7 @@ class RingConv2d(nn.Module):
         self._held = (conv,)
         self.field = field
         self.ring_exact = ring_exact
-        self._masks: dict[tuple[object, ...], Tensor] = {}
+        self._frames: dict[tuple[object, ...], Frame] = {}
         for tap in field.taps():
             tap.readers += 1
 
@@ -59,29 +60,19 @@ class RingConv2d(nn.Module):
                 framed = self._framed(x, pads)
                 out = F.conv2d(framed, conv.weight, conv.bias, conv.stride, 0, conv.dilation, conv.groups)
             else:
-                out = conv(x) + self._border(constant, x, pads)
+                out = self._frame(x, pads).add(conv(x), conv, constant)
         for tap in self.field.taps():
             tap.release()
         return out
 
-    def _border(self, constant: Tensor, x: Tensor, pads: tuple[int, int, int, int]) -> Tensor:
-        """What a ring of one constant a channel adds to the zero-padded result, Tensor[1, C_out, H', W'].
-
-        By linearity conv(pad_ring(x)) = conv(pad_0(x)) + conv_without_bias(ring alone), and the second term
-        is the same for every image: one image's worth of work instead of a padded copy of the batch.
-        """
-        conv = self.conv
-        ring = self._mask(x, pads).to(x.dtype) * constant.to(x.dtype).reshape(1, -1, 1, 1)
-        return F.conv2d(ring, conv.weight, None, conv.stride, 0, conv.dilation, conv.groups)
-
-    def _mask(self, x: Tensor, pads: tuple[int, int, int, int]) -> Tensor:
-        """Ones on the padding, zeros on the map, Tensor[1, 1, H+pads, W+pads]; kept for the next step."""
+    def _frame(self, x: Tensor, pads: tuple[int, int, int, int]) -> Frame:
+        """The ring's geometry for maps of x's size; kept for the next step."""
         key = (x.shape[2], x.shape[3], x.device)
-        if key not in self._masks:
-            if len(self._masks) > 8:  # many resolutions: keep the recent ones only
-                self._masks.clear()
-            self._masks[key] = F.pad(torch.zeros(1, 1, x.shape[2], x.shape[3], device=x.device), pads, value=1.0)
-        return self._masks[key]
+        if key not in self._frames:
+            if len(self._frames) > 8:  # many resolutions: keep the recent ones only
+                self._frames.clear()
+            self._frames[key] = Frame(self.conv, x.shape[2], x.shape[3], pads, x.device)
+        return self._frames[key]
 
     def _framed(self, x: Tensor, pads: tuple[int, int, int, int]) -> Tensor:
         """`x` with its four margins read from the field, Tensor[N, C, H+pads, W+pads]."""

@@ -10,23 +10,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.errors import ExportError
 from pipeline.export import metadata
 from pipeline.export.census_types import Census, Port, WeightRange
 from pipeline.export.extras import require
-from pipeline.export.quiet import quietly
+from pipeline.export.onnx_files import load_onnx
 
 
 def read_onnx(file: Path) -> Census:
     """Counts what an `.onnx` file holds; raises ExportError where the file is missing or damaged."""
     onnx = require("onnx", extra="onnx")
-    if not file.is_file():
-        raise ExportError(f"no such file: {file}", hint="export it first")
-    with quietly(f"read {file.name}", hint="the file is damaged: export it again"):
-        model = onnx.load_model(str(file))
-        graph = model.graph
-        constants = {value.name: value for value in graph.initializer}
-        ports = {value.name: _port(onnx, value) for value in [*graph.input, *graph.output]}
+    model = load_onnx(file)
+    graph = model.graph
+    constants = {value.name: value for value in graph.initializer}
+    ports = {value.name: _port(onnx, value) for value in [*graph.input, *graph.output]}
     operators = Counter(node.op_type for node in graph.node)
     producers = {output: node for node in graph.node for output in node.output}
     weights = [

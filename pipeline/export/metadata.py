@@ -14,6 +14,7 @@ from typing import Any
 from pipeline.errors import ExportError
 from pipeline.export import flatbuffer
 from pipeline.export.extras import require
+from pipeline.export.onnx_files import load_onnx
 from pipeline.export.quiet import quietly
 from pipeline.export.writing import replacing
 
@@ -102,17 +103,9 @@ def _read_tflite(file: Path, name: str) -> str | None:
     return None
 
 
-def _load_onnx(file: Path) -> Any:
-    onnx = require("onnx", extra="onnx")
-    if not file.is_file():
-        raise ExportError(f"no such file: {file}", hint="export it first")
-    with quietly(f"read {file.name}", hint="the file is damaged: export it again"):
-        return onnx.load_model(str(file))
-
-
 def _write_onnx(file: Path, name: str, text: str) -> None:
     onnx = require("onnx", extra="onnx")
-    model = _load_onnx(file)
+    model = load_onnx(file)
     kept = [(entry.key, entry.value) for entry in model.metadata_props if entry.key != name]
     del model.metadata_props[:]
     for key, value in [*kept, (name, text)]:
@@ -122,7 +115,7 @@ def _write_onnx(file: Path, name: str, text: str) -> None:
 
 
 def _read_onnx(file: Path, name: str) -> str | None:
-    for entry in _load_onnx(file).metadata_props:
+    for entry in load_onnx(file).metadata_props:
         if entry.key == name:
             return str(entry.value)
     return None

@@ -12,7 +12,8 @@ import numpy.typing as npt
 from pipeline.export import flatbuffer
 from pipeline.export.extras import require
 from pipeline.export.input_format import is_channels_last
-from pipeline.export.ports import Port, encoder
+from pipeline.export.onnx_files import load_onnx
+from pipeline.export.ports import Port, encoder, lay_out
 from pipeline.export.quiet import quietly
 
 # What ONNX Runtime's quantiser calls the value behind a pair of QuantizeLinear and DequantizeLinear.
@@ -56,10 +57,12 @@ def observe_tflite(path: Path | str, threads: int = 2) -> Observer:
             for item in interpreter.get_tensor_details()
             if item["name"] in computed
         }
-    encode = encoder(file, Port.of_tflite(source), channels_last=True)
+    entrance = Port.of_tflite(source)
+    encode = encoder(file, entrance, channels_last=True)
 
     def watch(images: npt.NDArray[np.float32]) -> Observation:
-        interpreter.set_tensor(source["index"], np.ascontiguousarray(encode(images.transpose(0, 2, 3, 1))))
+        arranged = lay_out(images, entrance, channels_last=True, file=file.name)
+        interpreter.set_tensor(source["index"], np.ascontiguousarray(encode(arranged)))
         interpreter.invoke()
         return {name: port.decode(interpreter.get_tensor(index)) for name, (index, port) in ports.items()}
 
@@ -86,8 +89,9 @@ def observe_onnx(path: Path | str, threads: int = 2) -> Observer:
     """
     file = Path(path)
     onnx, runtime = require("onnx", extra="onnx"), require("onnxruntime", extra="onnx")
+    loaded = load_onnx(file)
     with quietly(f"open {file.name} with ONNX Runtime"):
-        model = onnx.shape_inference.infer_shapes(onnx.load_model(str(file)))
+        model = onnx.shape_inference.infer_shapes(loaded)
         floats = [
             value for value in model.graph.value_info if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
         ]
@@ -110,8 +114,7 @@ def observe_onnx(path: Path | str, threads: int = 2) -> Observer:
         fetched = [f"{name}{_ROUNDED}" if f"{name}{_ROUNDED}" in computed else name for name in names]
 
     def watch(images: npt.NDArray[np.float32]) -> Observation:
-        laid_out = images.transpose(0, 2, 3, 1) if channels_last else images
-        encoded = np.ascontiguousarray(encode(laid_out))
+        encoded = np.ascontiguousarray(encode(lay_out(images, port, channels_last=channels_last, file=file.name)))
         values = dict(zip(names, session.run(fetched, {source.name: encoded}), strict=True))
         return {ends[0]: encoded.astype(np.float32), **values}
 

@@ -1,6 +1,6 @@
 """The ends of a file: what its input and output tensors hold, and how float images and logits become that and back."""
 
-__all__ = ["Port", "encoder"]
+__all__ = ["Port", "encoder", "lay_out"]
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.errors import ExportError
 from pipeline.export.input_format import read_pixel_input
 
 Floats = npt.NDArray[np.float32]
@@ -50,6 +51,24 @@ class Port:
         if not np.issubdtype(self.dtype, np.integer):
             return values.astype(np.float32)
         return (values.astype(np.float32) - np.float32(self.zero_point)) * np.float32(self.scale)
+
+
+def lay_out(images: Floats, source: Port, *, channels_last: bool, file: str) -> Floats:
+    """Images [N, C, H, W] in the layout of a file's input.
+
+    Raises:
+        ExportError: They are not images, or of another size than the file takes.
+    """
+    if images.ndim != 4:
+        raise ExportError(f"{file} was given shape {images.shape}", hint="pass images as [N, C, H, W]")
+    arranged = images.transpose(0, 2, 3, 1) if channels_last else images
+    if arranged.shape[1:] != source.shape[1:]:
+        layout = "[H, W, C]" if channels_last else "[C, H, W]"
+        raise ExportError(
+            f"{file} takes images of {layout} {source.shape[1:]}, was given {arranged.shape[1:]}",
+            hint="use the resolution and channels that the file was exported with",
+        )
+    return arranged
 
 
 def encoder(path: Path, source: Port, channels_last: bool) -> Callable[[Floats], npt.NDArray[Any]]:

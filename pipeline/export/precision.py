@@ -14,6 +14,7 @@ from typing import Any
 
 from pipeline.export import flatbuffer
 from pipeline.export.extras import require
+from pipeline.export.onnx_files import load_onnx
 from pipeline.export.quiet import quietly
 from pipeline.export.tflite import ExportInfo
 from pipeline.export.writing import replacing
@@ -79,7 +80,7 @@ def onnx_fp16(fp32_path: Path | str, out_path: Path | str) -> ExportInfo:
     runtime = require("onnxruntime", extra="onnx")
     with replacing(target) as temporary, quietly(f"store {source.name} as float16"):
         tool = require("onnxruntime.transformers.float16", extra="onnx")
-        model = onnx.shape_inference.infer_shapes(onnx.load_model(str(source)))
+        model = onnx.shape_inference.infer_shapes(load_onnx(source))
         halved = tool.convert_float_to_float16(model, keep_io_types=True)
         # The converter appends the cast of the input behind its readers.
         require("onnxruntime.transformers.onnx_model", extra="onnx").OnnxModel(halved).topological_sort()
@@ -100,6 +101,7 @@ def onnx_dynamic(fp32_path: Path | str, out_path: Path | str) -> ExportInfo:
     onnx = require("onnx", extra="onnx")
     runtime = require("onnxruntime", extra="onnx")
     tools = require("onnxruntime.quantization", extra="onnx")
+    load_onnx(source)
     with replacing(target) as temporary, quietly(f"store {source.name} as dynamic int8"):
         tools.quantize_dynamic(
             str(source),

@@ -18,6 +18,7 @@ from pipeline.export.dead_channels import widen_dead_channels
 from pipeline.export.extras import require
 from pipeline.export.naming import layer_of
 from pipeline.export.observe import observe_onnx, observe_tflite
+from pipeline.export.onnx_files import load_onnx
 from pipeline.export.quiet import quietly
 from pipeline.export.ranges import Range, activation_ranges
 from pipeline.export.tflite import ExportInfo
@@ -181,7 +182,7 @@ def onnx_int8(
     tools = require("onnxruntime.quantization", extra="onnx")
     doing = f"quantise {source.name} to int8"
     with replacing(target) as temporary, tempfile.TemporaryDirectory() as folder, quietly(doing):
-        model = onnx.load_model(str(source))
+        model = load_onnx(source)
         cache = Path(folder) / "ranges.json"
         _write_cache(cache, spans)
         tools.quantize_static(

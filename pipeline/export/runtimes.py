@@ -12,7 +12,7 @@ import numpy.typing as npt
 from pipeline.errors import ExportError
 from pipeline.export.extras import require
 from pipeline.export.input_format import is_channels_last
-from pipeline.export.ports import Port, encoder
+from pipeline.export.ports import Port, encoder, lay_out
 from pipeline.export.quiet import quietly
 
 Images = npt.NDArray[np.float32]
@@ -66,17 +66,9 @@ class _File:
         self._encode = encoder(path, source, channels_last)
 
     def predict(self, batch: Images) -> Logits:
-        if batch.ndim != 4:
-            raise ExportError(f"{self._path.name} was given shape {batch.shape}", hint="pass images as [N, C, H, W]")
-        images = np.asarray(batch, dtype=np.float32)
-        if self._channels_last:
-            images = images.transpose(0, 2, 3, 1)
-        if images.shape[1:] != self._source.shape[1:]:
-            layout = "[H, W, C]" if self._channels_last else "[C, H, W]"
-            raise ExportError(
-                f"{self._path.name} takes images of {layout} {self._source.shape[1:]}, was given {images.shape[1:]}",
-                hint="use the resolution and channels that the file was exported with",
-            )
+        images = lay_out(
+            np.asarray(batch, dtype=np.float32), self._source, channels_last=self._channels_last, file=self._path.name
+        )
         encoded = self._encode(images)
         step = self._source.shape[0]
         outputs = [self._run(encoded[start : start + step], step) for start in range(0, len(encoded), step)]

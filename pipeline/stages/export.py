@@ -8,13 +8,13 @@ from pipeline.export import metadata, onnx, tflite
 from pipeline.stages import StageContext, workbench
 
 MODELS = ("baseline", "folded")
+EXPORTERS = {"tflite": tflite.export_fp32, "onnx": onnx.export_fp32}
 
 
 def run(context: StageContext) -> dict[str, Any]:
     """Converts both networks to the recipe's formats, with the preprocessing written into every file."""
     recipe = context.recipe
     example = workbench.example(recipe)
-    exporters = {"tflite": tflite.export_fp32, "onnx": onnx.export_fp32}
     jobs = [(which, form) for which in MODELS for form in recipe.export.formats]
     (context.work / "models").mkdir(exist_ok=True)
     infos = {}
@@ -22,7 +22,7 @@ def run(context: StageContext) -> dict[str, Any]:
         context.report.progress(done, len(jobs), f"{which} to {form}")
         module = workbench.load_model(context, "baseline" if which == "baseline" else "postfold", f"models/{which}.pt")
         path = context.work / "models" / f"{which}.{form}"
-        info = exporters[form](module, example, path)
+        info = EXPORTERS[form](module, example, path)
         units = [] if which == "baseline" else list(context.inputs["postfold"].metrics["units_folded"])
         metadata.write(path, workbench.file_metadata(context, which, units))
         infos[path.name] = info.as_dict()

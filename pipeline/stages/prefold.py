@@ -1,15 +1,16 @@
 """Stage 2: α-activations learn, under the auxiliary loss, which units can do without their non-linearities."""
 
-__all__ = ["run"]
+__all__ = ["candidates", "run", "unit_macs"]
 
 import json
 from typing import Any
 
+import torch
 from torch import nn
 
 from pipeline import alpha
 from pipeline.errors import UnitError, nearest
-from pipeline.folding import counters, fold
+from pipeline.folding import fold
 from pipeline.folding.units import Unit, find_units, linearise
 from pipeline.recipe import Recipe
 from pipeline.stages import StageContext, workbench
@@ -77,6 +78,10 @@ def candidates(recipe: Recipe, model: nn.Module) -> list[Unit]:
     chosen = [
         unit for unit in known.values() if unit.name in named and unit.foldable and unit.name not in section.exclude
     ]
+    if section.units == "all":
+        cost = unit_macs(model, [unit.name for unit in chosen], workbench.example(recipe))
+        dear = {name for name, (before, after) in cost.items() if after > section.max_macs_ratio * before}
+        chosen = [unit for unit in chosen if unit.name not in dear]
     if not chosen:
         raise UnitError(
             f"prefold.units leaves no foldable unit of model '{recipe.model.name}'", hint="set prefold.units=all"
@@ -88,11 +93,17 @@ def _penalty_weights(recipe: Recipe, model: nn.Module, units: list[Unit]) -> dic
     """c_l of the auxiliary loss: None for the paper's uniform weights, else by the MACs that folding saves."""
     if recipe.prefold.penalty_weights == "uniform":
         return None
-    example = workbench.example(recipe)
-    before = counters.count(model, example).macs
-    names = [unit.name for unit in units]
-    saved = {
-        name: before - counters.count(fold(linearise(model, [name]), example, units=[name]).model, example).macs
-        for name in names
+    cost = unit_macs(model, [unit.name for unit in units], workbench.example(recipe))
+    return alpha.weights_from_savings({name: before - after for name, (before, after) in cost.items()})
+
+
+def unit_macs(model: nn.Module, units: list[str], example: torch.Tensor) -> dict[str, tuple[int, int]]:
+    """MACs of one image in each unit, as it is and as one convolution."""
+    result = fold(linearise(model, units), example, units=units)
+    merged = [segment for segment in result.segments if segment.windows > 1]
+    return {
+        unit: (segment.macs_before, segment.macs_after)
+        for unit in units
+        for segment in merged
+        if segment.name == unit or segment.merged[0].startswith(f"{unit}.")
     }
-    return alpha.weights_from_savings(saved)

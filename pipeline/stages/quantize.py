@@ -3,37 +3,61 @@
 __all__ = ["run"]
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.data.sources import ImageSource
 from pipeline.export import metadata, quantize
+from pipeline.export.equalise import equalise
+from pipeline.export.lowering import lower
 from pipeline.stages import StageContext, workbench
-from pipeline.stages.export import MODELS
+from pipeline.stages.export import EXPORTERS, MODELS
+
+_CALIBRATION_BATCH = 16
 
 
 def run(context: StageContext) -> dict[str, Any]:
     """Quantises both networks in the recipe's formats; the calibration images are drawn by seed, never from `eval`."""
     recipe = context.recipe
-    wanted = recipe.quantize.calibration_images
-    source = workbench.split(recipe, "calibration", limit=wanted)
-
-    def calibration() -> Iterator[NDArray[np.float32]]:
-        for images, _ in source.batches(1):
-            yield images.numpy()
-
+    source = workbench.split(recipe, "calibration", limit=recipe.quantize.calibration_images)
     quantisers = {"tflite": quantize.tflite_int8, "onnx": quantize.onnx_int8}
     jobs = [(which, form) for which in MODELS for form in recipe.export.formats]
     (context.work / "models").mkdir(exist_ok=True)
+    spreads: dict[str, Any] = {}
     for done, (which, form) in enumerate(jobs):
         context.report.progress(done, len(jobs), f"{which}.{form} to int8")
-        source_path = context.inputs["export"].file(f"models/{which}.{form}")
+        exported = context.inputs["export"].file(f"models/{which}.{form}")
+        float_file = exported
+        if recipe.quantize.equalise:
+            float_file, spreads[which] = _equalised(context, which, form, source)
         path = context.work / "models" / f"{which}.int8.{form}"
-        quantisers[form](source_path, path, calibration())
-        metadata.write(path, metadata.read(source_path) | {"calibration_images": len(source)})
+        quantisers[form](float_file, path, _images(source))
+        metadata.write(path, metadata.read(exported) | {"calibration_images": len(source)})
     return {
         "calibration_images": len(source),
         "calibration_source": source.name,
+        "equalised": spreads,
         "summary": f"{len(jobs)} int8 files, calibrated on {len(source)} images of {source.name}",
     }
+
+
+def _equalised(context: StageContext, which: str, form: str, source: ImageSource) -> tuple[Path, dict[str, Any]]:
+    """A float file whose layers share their weight ranges, and how far each layer's channels spread before and after.
+
+    Folded kernels multiply the scales of several norms, so their channels spread over decades; one int8 scale per
+    output channel cannot hold that, but the layer before can take a part of it.
+    """
+    stage = "baseline" if which == "baseline" else "postfold"
+    network = lower(workbench.load_model(context, stage, f"models/{which}.pt"), workbench.example(context.recipe))
+    balanced, pairs = equalise(network, _images(source))
+    path = context.checkpoints / f"{which}-equalised.{form}"
+    EXPORTERS[form](balanced, workbench.example(context.recipe), path)
+    return path, {pair.first: [round(pair.spread_before, 3), round(pair.spread_after, 3)] for pair in pairs}
+
+
+def _images(source: ImageSource) -> Iterator[NDArray[np.float32]]:
+    for images, _ in source.batches(_CALIBRATION_BATCH):
+        yield images.numpy()

@@ -14,7 +14,10 @@ from pipeline import recipe_files
         (["run"], ["RECIPE"]),
         (["run", "quikstart"], ["did you mean 'quickstart'"]),
         (["run", "quickstart", "--set", "model.nam=x"], ["model.nam", "did you mean 'name'"]),
-        (["run", "quickstart", "--set", "model.name=mobilenetv2_10O"], ["mobilenetv2_10O", "did you mean 'mobilenetv2_1"]),
+        (
+            ["run", "quickstart", "--set", "model.name=mobilenetv2_10O"],
+            ["mobilenetv2_10O", "did you mean 'mobilenetv2_1"],
+        ),
         (["run", "quickstart", "--set", "model.weights=no_such.pt"], ["no_such.pt"]),
         (["run", "mobilenet_v2/imagenet_100"], ["data.root"]),
         (["run", "mobilenet_v2/imagenet_100", "--set", "data.root=no_such_folder"], ["no_such_folder"]),
@@ -89,3 +92,17 @@ def test_version_and_shipped_recipes_agree_with_the_package(layerfold) -> None:
 
     assert pipeline.__version__ in layerfold("--version").stdout
     assert "quickstart" in recipe_files.shipped()
+
+
+def test_a_foreign_pipeline_package_is_named(tmp_path: Path) -> None:
+    import os
+    import subprocess
+    import sys
+
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline" / "__init__.py").write_text("raise RuntimeError('never imported')")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-m", "layerfold", "doctor"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 2
+    assert str(tmp_path / "pipeline") in done.stderr and "not layerfold's" in done.stderr

@@ -65,5 +65,6 @@ def test_every_recipe_of_the_readme_is_shipped_and_every_shipped_one_is_named() 
 
 
 def test_the_readme_answers_for_the_packages_people_ask_for() -> None:
-    for package in "torch torchvision timm onnx onnx-simplifier tensorflow tflite-runtime ai-edge-torch".split():
+    asked = ("torch", "torchvision", "timm", "onnx", "onnx-simplifier", "tensorflow", "tflite-runtime", "ai-edge-torch")
+    for package in asked:
         assert f"| {package} |" in README
