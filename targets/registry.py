@@ -20,10 +20,12 @@ ENTRY_POINT_GROUP = "layerfold.targets"
 _BUILT_IN: Mapping[str, str] = {
     "host-litert": "targets.host:litert",
     "host-ort": "targets.host:ort",
+    "emulated-arm64": "targets.emulated:EmulatedTarget",
     "android": "targets.android:AndroidTarget",
+    "ssh": "targets.ssh:SshTarget",
 }
 # Functions that list what is attached, each for one kind of target.
-_LISTERS = ("targets.host:devices", "targets.android:devices")
+_LISTERS = ("targets.host:devices", "targets.emulated:devices", "targets.android:devices")
 
 
 def names() -> list[str]:

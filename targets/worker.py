@@ -7,8 +7,9 @@ The process ends when standard input closes, so that a worker never outlives the
 
 Request: ``runtime`` ("litert" or "ort"), ``models`` (paths), ``threads``, ``cores`` (list or null), ``warmup``,
 ``runs``, ``seed``, ``probe`` (also measure the memory of the one model), ``marker`` (number of a system call that
-brackets each timed run for an instruction counter, or null), ``outputs`` (path prefix to write raw outputs to, or
-null). Replies: ``ready``, ``progress``, ``result``, or ``error`` with the name of a class of `targets.errors`.
+brackets each timed run for an instruction counter, or null), ``watch`` (false starts no thread that waits for standard
+input to close), ``outputs`` (path prefix to write raw outputs to, or null). Replies: ``ready``, ``progress``,
+``result``, or ``error`` with the name of a class of `targets.errors`.
 """
 
 from __future__ import annotations
@@ -117,6 +118,13 @@ class OrtModel:
     def output_bytes(self) -> bytes:
         """Returns the raw bytes of all outputs of the last run, in order."""
         return b"".join(array.tobytes() for array in self._binding.copy_outputs_to_cpu())
+
+
+class Nothing:
+    """Stands in for a model to find the cost of the brackets around a run."""
+
+    def run(self) -> None:
+        """Does nothing."""
 
 
 def fixed_input(shape: Sequence[int], dtype: Any, seed: int) -> Any:
@@ -244,6 +252,10 @@ def serve(request: dict[str, Any], reply: Callable[[dict[str, Any]], None]) -> N
 
     mark = marker_call(request.get("marker"))
     samples = time_interleaved(models, request["warmup"], request["runs"], mark, on_done)
+    if request.get("marker") is not None:
+        # What the brackets themselves cost, counted under the number after the last model's.
+        empty = len(models)
+        time_interleaved([Nothing()], 1, request["runs"], lambda phase, _: mark(phase, empty), lambda done: None)
     peak_kb = memory_kb("VmHWM")
     rows = []
     for index, model in enumerate(models):
@@ -287,7 +299,8 @@ def main(argv: Sequence[str]) -> int:
             request = json.loads(Path(argv[0]).read_text())
         else:
             request = json.loads(sys.stdin.readline())
-            exit_with_stdin()
+            if request.get("watch", True):
+                exit_with_stdin()
         serve(request, reply)
     except Refused as error:
         reply({"event": "error", "kind": error.kind, "message": str(error)})

@@ -1,0 +1,230 @@
+"""Target ``emulated-arm64``: what an inference costs on an ARM core, counted instead of timed.
+
+The runtimes' real aarch64 wheels run under QEMU's user emulation of a Cortex-A76, and a plugin counts the instructions
+between two marks around each inference, by class, and the misses of an LRU cache model. The count does not depend on
+what else the machine is doing: it repeats where milliseconds do not. Emulated time means nothing and is not reported.
+"""
+
+import platform
+import shutil
+import statistics
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from targets.base import Device, Measurement, OnProgress, check_counts, layerfold_version, timestamp
+from targets.emulated_setup import EmulatedRoot, find, setup
+from targets.errors import OptionError, RuntimeMissingError, SetupError, WorkerError
+from targets.host import HostTarget
+from targets.model_file import ModelFile, inspect
+from targets.worker_process import WORKER_FILE, run_worker
+
+__all__ = ["EmulatedTarget", "devices", "setup"]
+
+MARKER = 27750
+_CPU = "cortex-a76"
+_RUNTIMES = {".tflite": ("litert", "tflite", "LiteRT"), ".onnx": ("ort", "onnx", "ONNX Runtime")}
+_PACKAGES = {"litert": "ai-edge-litert", "ort": "onnxruntime"}
+_INSTRUCTION_CLASSES = (
+    "integer", "branch", "system", "memory", "memory_simd", "fp", "simd", "simd_dot", "other",
+)  # fmt: skip
+_CACHE_COUNTERS = ("l1d_access", "l1d_miss", "l2_miss")
+_MOST_RUNS = 3
+_MOST_WARMUPS = 2
+
+
+def devices() -> list[Device]:
+    """Lists the emulated device, ready or not."""
+    try:
+        root = find()
+    except SetupError as error:
+        return [Device("emulated-arm64", "emulated", arch="aarch64", state=f"not ready: {error.hint or error.what}")]
+    return [_device(root)]
+
+
+def _device(root: EmulatedRoot) -> Device:
+    return Device(
+        id="emulated-arm64",
+        kind="emulated",
+        name="QEMU user emulation",
+        arch="aarch64",
+        os=f"Linux user space on {platform.system()} {platform.machine()}",
+        cpu=_CPU,
+        cores=1,
+        fingerprint=f"qemu {root.qemu}; " + ", ".join(f"{name} {value}" for name, value in root.versions.items()),
+    )
+
+
+class EmulatedTarget:
+    """Counts what models cost on an emulated ARM core.
+
+    Args:
+        threads: Must be 1: threads that wait for each other spin, and spinning is counted.
+        cache: Whether to run the cache model; it makes a run about twice as long.
+        folder: Where the root is; the user's cache if `None`.
+        timeout_s: Limit for one process, in seconds.
+        check_output: Whether the output of an int8 model must be the host's, to the byte.
+
+    Raises:
+        OptionError: If `threads` is not 1.
+    """
+
+    def __init__(
+        self,
+        *,
+        threads: int = 1,
+        cache: bool = True,
+        folder: Path | str | None = None,
+        timeout_s: float = 900.0,
+        check_output: bool = True,
+    ) -> None:
+        if threads != 1:
+            raise OptionError(f"threads is {threads}, but emulated-arm64 counts one thread", hint="use threads=1")
+        self.name = "emulated-arm64"
+        self.formats: tuple[str, ...] = ("tflite", "onnx")
+        self._cache = cache
+        self._folder = Path(folder) if folder is not None else None
+        self._timeout_s = timeout_s
+        self._check_output = check_output
+
+    def device(self) -> Device:
+        """Describes the emulated device; raises `SetupError` if it is not built."""
+        return _device(find(self._folder))
+
+    def benchmark(
+        self,
+        paths: Sequence[Path | str],
+        *,
+        warmup: int = 5,
+        runs: int = 60,
+        restarts: int = 3,
+        quick: bool = False,
+        on_progress: OnProgress | None = None,
+    ) -> list[Measurement]:
+        """Counts the files; see `targets.base.Target.benchmark`.
+
+        A count needs no statistics, so at most 2 warm-ups, 3 runs and 1 process are made, whatever was asked for; each
+        file runs in a process of its own, so that no count depends on the company. The row says what was made.
+
+        Raises:
+            SetupError: If the root is not built.
+            ModelFileError: If a file is missing or damaged.
+            WorkerError: If the emulated process dies, or counted nothing.
+            TimeoutExpiredError: If it takes longer than the limit.
+        """
+        root = find(self._folder)
+        files: list[tuple[ModelFile, str]] = []
+        for path in check_counts(paths, warmup=warmup, runs=runs, restarts=restarts):
+            runtime, form, title = _RUNTIMES.get(path.suffix.lower(), _RUNTIMES[".tflite"])
+            files.append((inspect(path, expected=form, runtime=title), runtime))
+        warmup, runs = min(warmup, _MOST_WARMUPS), min(runs, _MOST_RUNS)
+        rows = []
+        for index, (file, runtime) in enumerate(files):
+            rows.append(self._measure(root, file, runtime, warmup=warmup, runs=runs, quick=quick))
+            if on_progress is not None:
+                on_progress((index + 1) * runs, len(files) * runs)
+        return rows
+
+    def _measure(
+        self, root: EmulatedRoot, file: ModelFile, runtime: str, *, warmup: int, runs: int, quick: bool
+    ) -> Measurement:
+        with tempfile.TemporaryDirectory(prefix="layerfold-") as scratch:
+            # One path for all models: the length of a path is copied about, and would be counted.
+            model = Path(scratch) / f"m.{file.format}"
+            shutil.copyfile(file.path, model)
+            counts_file = Path(scratch) / "counts.txt"
+            request = {
+                "runtime": runtime, "models": [str(model)], "threads": 1, "warmup": warmup, "runs": runs,
+                "marker": MARKER, "watch": False,
+            }  # fmt: skip
+            reply = run_worker(
+                _command(root, counts_file, cache=self._cache), request, timeout_s=self._timeout_s,
+                env=_environment(root), where="emulated-arm64",
+            )  # fmt: skip
+            counts = read_counts(counts_file.read_text(encoding="ascii"), models=1, runs=runs)
+        found = reply["models"][0]
+        net = net_counts(counts[0], counts[1])
+        totals = [sum(row[name] for name in _INSTRUCTION_CLASSES) for row in counts[0]]
+        net["instructions_spread"] = (max(totals) - min(totals)) / statistics.median(totals)
+        reason = self._output_reason(file, runtime, found["output_sha256"])
+        return Measurement(
+            target=self.name, model=file.path.name, model_sha256=file.sha256, precision=file.precision,
+            runtime=runtime, runtime_version=reply["runtime_version"], requested_accelerator="cpu",
+            actual_accelerator=found["accelerator"], device=_device(root), threads=1, pinned_cores=(), warmup=warmup,
+            runs=runs, restarts=1, quick=quick,
+            instructions=sum(net[f"instructions_{name}"] for name in _INSTRUCTION_CLASSES),
+            counters=net, output_sha256=found["output_sha256"], valid=not reason, invalid_reason=reason,
+            timestamp=timestamp(), layerfold_version=layerfold_version(),
+        )  # fmt: skip
+
+    def _output_reason(self, file: ModelFile, runtime: str, output_sha256: str) -> str:
+        """Says what is wrong with the output; integers must come out the same on every processor."""
+        if not self._check_output or file.precision != "int8":
+            return ""
+        host = HostTarget("litert" if runtime == "litert" else "ort", gate_wait_s=0.0, pin=False)
+        try:
+            (row,) = host.benchmark([file.path], warmup=0, runs=1, restarts=1)
+        except RuntimeMissingError as error:
+            return f"the output could not be compared with the host's: {error.what}"
+        if row.output_sha256 != output_sha256:
+            return "the int8 output differs from the host's for the same input"
+        return ""
+
+
+def _command(root: EmulatedRoot, counts_file: Path, *, cache: bool) -> list[str]:
+    plugin = f"{root.plugin},out={counts_file},marker={MARKER}" + (",cache=on" if cache else "")
+    # Without address randomisation the cache model sees the same addresses every time.
+    return [
+        "setarch", "-R", *root.command(), "-cpu", _CPU, "-L", str(root.sysroot), "-plugin", plugin,
+        str(root.sysroot / "usr/bin/python3.11"), "-B", str(WORKER_FILE),
+    ]  # fmt: skip
+
+
+def _environment(root: EmulatedRoot) -> Mapping[str, str]:
+    """A fixed environment: the guest's stack begins with it, and hashing follows the seed."""
+    return {
+        "PYTHONHOME": str(root.sysroot / "usr"),
+        "PYTHONPATH": str(root.site),
+        "PYTHONHASHSEED": "0",
+        "PATH": "/usr/bin:/bin",
+        "HOME": "/",
+        "LC_ALL": "C.UTF-8",
+    }
+
+
+def read_counts(text: str, *, models: int, runs: int) -> list[list[dict[str, int]]]:
+    """Reads the plugin's lines.
+
+    Args:
+        text: The plugin's output file.
+        models: Number of models; the number after the last one's stands for the empty bracket.
+        runs: Bracketed runs of each.
+
+    Returns:
+        For each model, then for the empty bracket, one dict of counters for each run.
+
+    Raises:
+        WorkerError: If lines are missing or damaged.
+    """
+    counts: list[list[dict[str, int]]] = [[] for _ in range(models + 1)]
+    try:
+        for line in text.splitlines():
+            values = {name: int(word) for name, _, word in (pair.partition("=") for pair in line.split())}
+            counts[values.pop("model")].append(values)
+    except (ValueError, KeyError, IndexError) as error:
+        raise WorkerError(f"the counting plugin wrote a line that cannot be read: {error!r}") from error
+    if any(len(rows) != runs for rows in counts):
+        found = [len(rows) for rows in counts]
+        raise WorkerError(f"the counting plugin marked {found} runs, expected {runs} of each")
+    return counts
+
+
+def net_counts(rows: Sequence[Mapping[str, int]], empty: Sequence[Mapping[str, int]]) -> dict[str, Any]:
+    """Takes the median over the runs, less the median of the empty bracket; counters get a speaking name."""
+    net: dict[str, Any] = {}
+    for name in (*_INSTRUCTION_CLASSES, *_CACHE_COUNTERS):
+        if all(name in row for row in rows):
+            value = statistics.median(row[name] for row in rows) - statistics.median(row[name] for row in empty)
+            net[f"instructions_{name}" if name in _INSTRUCTION_CLASSES else name] = max(value, 0)
+    return net
