@@ -1,0 +1,196 @@
+"""Counting on the emulated ARM core: the arithmetic, the plugin against a known program, and real runtimes."""
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import targets
+from targets.base import Measurement
+from targets.emulated import EmulatedTarget, net_counts, read_counts
+from targets.emulated_setup import EmulatedRoot, default_folder, find, setup
+from targets.errors import ModelFileError, OptionError, SetupError, TargetError, WorkerError
+from targets.host import HostTarget
+from targets.stats import ratio_interval
+
+MakeModel = Callable[..., Path]
+LINE = "integer=10 branch=2 system=0 memory=3 memory_simd=4 fp=0 simd=5 simd_dot=1 other=0"
+
+
+@pytest.fixture(scope="session")
+def root() -> EmulatedRoot:
+    """The root in the user's cache; built here (half a minute, 300 MB) where the packages can be had."""
+    try:
+        return find()
+    except SetupError:
+        pass
+    try:
+        return setup()
+    except TargetError as error:
+        pytest.skip(f"the emulated root cannot be built here: {error}")
+
+
+def test_counts_are_read_sorted_and_cleared_of_the_brackets() -> None:
+    text = f"model=0 {LINE}\nmodel=0 {LINE.replace('simd=5', 'simd=9')}\n" + f"model=1 {LINE.replace('10', '4')}\n" * 2
+    model, empty = read_counts(text, models=1, runs=2)
+    net = net_counts(model, empty)
+    assert net["instructions_integer"] == 6 and net["instructions_simd"] == 2 and net["instructions_branch"] == 0
+    assert "l1d_miss" not in net, "a run without the cache model has no cache figures"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", r"\[0, 0\] runs, expected 1"),
+        (f"model=0 {LINE}\n", r"\[1, 0\]"),
+        (f"model=0 {LINE}\nmodel=1 {LINE}\nmodel=1 {LINE}\n", r"\[1, 2\]"),
+        (f"model=7 {LINE}\n", "cannot be read"),
+        ("model=0 integer=x\n", "cannot be read"),
+        ("integer=1\n", "cannot be read"),
+    ],
+)
+def test_counts_that_are_not_whole_are_refused(text: str, says: str) -> None:
+    with pytest.raises(WorkerError, match=says):
+        read_counts(text, models=1, runs=1)
+
+
+def test_more_than_one_thread_is_refused() -> None:
+    with pytest.raises(OptionError, match="threads is 2"):
+        targets.get("emulated-arm64", threads=2)
+
+
+def test_a_root_that_is_not_built_says_how_to(tmp_path: Path, make_model: MakeModel) -> None:
+    with pytest.raises(SetupError, match="layerfold targets setup emulated-arm64"):
+        EmulatedTarget(folder=tmp_path).benchmark([make_model("tflite")])
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(SetupError, match="damaged"):
+        find(tmp_path)
+    (tmp_path / "manifest.json").write_text(json.dumps({"revision": 0}))
+    with pytest.raises(SetupError, match="another version"):
+        find(tmp_path)
+
+
+# mov x8, #27750; mov x0, #1; svc #0; then the body; then the same with x0 = 2; then exit(0).
+PROGRAM = """
+.global _start
+_start:
+  mov x1, #0
+  mov x8, #27750
+  mov x0, #1
+  svc #0
+  mov x2, #1000
+loop:
+  add x3, x3, #1
+  fadd d0, d0, d1
+  sub x2, x2, #1
+  cbnz x2, loop
+  adr x4, data
+  ldr x5, [x4]
+  ldr x5, [x4, #64]
+  ldr x5, [x4]
+  ldr q2, [x4, #128]
+  add v3.4s, v3.4s, v2.4s
+  .inst 0x4e829483
+  mov x8, #27750
+  mov x0, #2
+  svc #0
+  mov x8, #93
+  mov x0, #0
+  svc #0
+.balign 64
+data:
+  .skip 256
+"""
+
+
+def test_the_plugin_counts_a_known_program_exactly(root: EmulatedRoot, tmp_path: Path) -> None:
+    assembler, linker = (shutil.which(f"aarch64-linux-gnu-{tool}") for tool in ("as", "ld"))
+    if assembler is None or linker is None:
+        pytest.skip("no aarch64 assembler: install binutils-aarch64-linux-gnu to run this")
+    (tmp_path / "p.s").write_text(PROGRAM)
+    subprocess.run([assembler, "-march=armv8.2-a+dotprod", "-o", tmp_path / "p.o", tmp_path / "p.s"], check=True)
+    subprocess.run([linker, "-o", tmp_path / "p", tmp_path / "p.o"], check=True)
+    out = tmp_path / "counts"
+    plugin = f"{root.plugin},out={out},marker=27750,cache=on"
+    subprocess.run([*root.command(), "-cpu", "cortex-a76", "-plugin", plugin, str(tmp_path / "p")], check=True)
+    found = {name: int(value) for name, _, value in (pair.partition("=") for pair in out.read_text().split())}
+    # By hand, from the opening mark's svc (not counted) to the closing one's (counted): 1 + 1000 * 2 + adr + 2 mov.
+    assert found == {
+        "model": 0, "integer": 1 + 2000 + 1 + 2, "branch": 1000, "system": 1, "memory": 3, "memory_simd": 1,
+        "fp": 1000, "simd": 1, "simd_dot": 1, "other": 0,
+        # Three lines are touched: two by the loads, one by the vector, which QEMU reads in two halves.
+        "l1d_access": 5, "l1d_miss": 3, "l2_miss": 3,
+    }  # fmt: skip
+
+
+def test_counts_repeat_follow_the_work_and_give_the_hosts_bytes(root: EmulatedRoot, make_model: MakeModel) -> None:
+    small, large = make_model("tflite", kind="int8"), make_model("tflite", kind="int8", layers=4)
+    target = EmulatedTarget()
+    (first, more), (again,) = target.benchmark([small, large]), target.benchmark([small])
+    assert first.instructions is not None and again.instructions is not None and more.instructions is not None
+    # A tiny model is mostly interpreter, whose hash tables and free lists move a little from process to process.
+    assert abs(first.instructions - again.instructions) / first.instructions < 1e-3
+    assert first.counters["instructions_simd_dot"] > 0, "int8 must take the dot-product kernels of the Cortex-A76"
+    # Layers after the first cost as much as each other: 3 channels in, then 8 and 8 and 8.
+    assert 2.0 < more.counters["instructions_simd_dot"] / first.counters["instructions_simd_dot"] < 4.0
+    assert first.valid, first.invalid_reason
+    (host,) = HostTarget("litert", gate_wait_s=0).benchmark([small], runs=1, restarts=1)
+    assert first.output_sha256 == host.output_sha256
+    assert first.samples_ms == () and first.median_ms is None and first.init_ms is None, "emulated time is no time"
+    assert first.device.kind == "emulated" and first.device.arch == "aarch64"
+    assert Measurement.from_dict(json.loads(json.dumps(first.as_dict()))) == first
+    found = ratio_interval(first, more)
+    assert found.metric == "instructions" and found.ratio > 1.2 and found.difference_shown
+
+
+def test_onnx_runtime_runs_there_too(root: EmulatedRoot, make_model: MakeModel) -> None:
+    (row,) = EmulatedTarget(cache=False).benchmark([make_model("onnx")])
+    assert row.runtime == "ort" and row.instructions is not None and row.instructions > 1e4
+    assert "l1d_miss" not in row.counters
+
+
+def test_an_int8_output_that_differs_from_the_hosts_is_said_so(
+    root: EmulatedRoot, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    genuine = HostTarget.benchmark
+
+    def other_bytes(self: HostTarget, *paths: object, **counts: object) -> list[Measurement]:
+        return [replace(row, output_sha256="0" * 64) for row in genuine(self, *paths, **counts)]  # type: ignore[arg-type]
+
+    monkeypatch.setattr(HostTarget, "benchmark", other_bytes)
+    (row,) = EmulatedTarget(cache=False).benchmark([make_model("tflite", kind="int8")])
+    assert not row.valid and "differs from the host's" in row.invalid_reason
+
+
+def test_a_damaged_model_is_a_typed_error_there_too(root: EmulatedRoot, make_model: MakeModel, tmp_path: Path) -> None:
+    cut = tmp_path / "cut.tflite"
+    whole = make_model("tflite").read_bytes()
+    cut.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises((ModelFileError, WorkerError)):
+        EmulatedTarget().benchmark([cut])
+
+
+@pytest.mark.slow
+def test_setup_resumes_and_repairs_what_is_damaged(root: EmulatedRoot, tmp_path: Path) -> None:
+    """On a copy of the root, so that the one in the cache stays whole."""
+    copy = tmp_path / "root"
+    shutil.copytree(default_folder(), copy, symlinks=True)
+    steps: list[str] = []
+    library = next((copy / "site").rglob("_interpreter*.so"), None) or next((copy / "site").rglob("*.so"))
+    library.write_bytes(b"damaged")
+    (copy / "count.so").unlink()
+    built = setup(lambda number, count, name: steps.append(name), folder=copy)
+    assert steps == ["guest", "qemu", "wheels", "processor", "plugin"]
+    assert library.stat().st_size > 1000 and built.plugin.exists()
+    manifest = json.loads((copy / "manifest.json").read_text())
+    original = json.loads((default_folder() / "manifest.json").read_text())
+    assert manifest["files"].keys() == original["files"].keys()
+    assert {n: h for n, h in manifest["files"].items() if n != "count.so"} == {
+        n: h for n, h in original["files"].items() if n != "count.so"
+    }
+    assert not [name for name in os.listdir(copy) if name.startswith("apt-") or name.endswith(".part")]
