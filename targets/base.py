@@ -90,6 +90,8 @@ class Measurement:
         quick: Whether this was a quick look, unfit for publication.
         interleaved_with: Identity shared by rows whose runs alternated in the same processes; empty if alone.
         samples_ms: Time of each run, one tuple for each process.
+        cpu_samples_ms: The same runs in processor time of the process, where the target can tell; it leaves out what
+            other processes took.
         median_ms, p10_ms, p90_ms: Quantiles over all runs of all processes.
         mad_ms: Median absolute deviation from the median, unscaled.
         init_ms: Time to load the model and make it ready in a fresh process.
@@ -123,6 +125,7 @@ class Measurement:
     quick: bool = False
     interleaved_with: str = ""
     samples_ms: tuple[tuple[float, ...], ...] = ()
+    cpu_samples_ms: tuple[tuple[float, ...], ...] = ()
     median_ms: float | None = None
     p10_ms: float | None = None
     p90_ms: float | None = None
@@ -184,6 +187,17 @@ class Measurement:
             **{**unknown, **row},
         )
 
+    @property
+    def foreign_share(self) -> float | None:
+        """Share of the runs' time, 0 to 1, that others had the core; `None` where it cannot be told.
+
+        Only a run of one thread tells: there, all the time that is not this process's own was somebody else's.
+        """
+        wall_ms = sum(map(sum, self.samples_ms))
+        if self.threads != 1 or not self.cpu_samples_ms or wall_ms <= 0:
+            return None
+        return max(0.0, 1 - sum(map(sum, self.cpu_samples_ms)) / wall_ms)
+
     def as_dict(self) -> dict[str, Any]:
         """Returns plain values fit for JSON."""
         return asdict(self)
@@ -204,7 +218,8 @@ class Measurement:
             for name in ("gates_before", "gates_after"):
                 values[name] = Gates(**values.get(name, {}))
             values["pinned_cores"] = tuple(values["pinned_cores"])
-            values["samples_ms"] = tuple(tuple(process) for process in values.get("samples_ms", ()))
+            for name in ("samples_ms", "cpu_samples_ms"):
+                values[name] = tuple(tuple(process) for process in values.get(name, ()))
             return cls(**values)
         except (KeyError, TypeError) as error:
             raise OptionError(f"a measurement row is incomplete: {error}") from error

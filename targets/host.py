@@ -135,6 +135,7 @@ class HostTarget:
         probes = [self._run([file], cores, 1, _PROBE_RUNS, probe=True)["models"][0] for file in files]
         gates_before = wait_until_idle(cores, limit_s=self._gate_wait_s, max_busy=self._max_busy)
         samples: list[list[list[float]]] = [[] for _ in files]
+        cpu_samples: list[list[list[float]]] = [[] for _ in files]
         reply: dict[str, Any] = {}
         unstable: set[int] = set()
         total = runs * restarts * len(files)
@@ -149,6 +150,7 @@ class HostTarget:
             advance(runs * len(files))
             for index, row in enumerate(reply["models"]):
                 samples[index].append(row["samples_ms"])
+                cpu_samples[index].append(row["cpu_samples_ms"])
                 if row["output_sha256"] != probes[index]["output_sha256"]:
                     unstable.add(index)
         # Measured after the last process has ended: what is still busy now was not ours.
@@ -166,6 +168,7 @@ class HostTarget:
             rows.append(
                 Measurement.from_samples(
                     samples[index],
+                    cpu_samples_ms=tuple(tuple(process) for process in cpu_samples[index]),
                     target=self.name,
                     model=file.path.name,
                     model_sha256=file.sha256,

@@ -162,7 +162,8 @@ def benchmark(
         reason = "; ".join(filter(None, reasons))
         rows.append(
             Measurement.from_samples(
-                row.samples_ms, target=name, model=file.path.name, model_sha256=file.sha256, precision=file.precision,
+                row.samples_ms, cpu_samples_ms=tuple(map(tuple, row.cpu_samples_ms)),
+                target=name, model=file.path.name, model_sha256=file.sha256, precision=file.precision,
                 runtime=runner.runtime, runtime_version=row.runtime_version,
                 requested_accelerator=settings.accelerator, actual_accelerator=row.actual_accelerator, device=device,
                 threads=settings.threads, pinned_cores=row.pinned_cores, warmup=warmup, runs=runs, restarts=restarts,

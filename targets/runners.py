@@ -38,6 +38,7 @@ class RunnerRow:
     """What a runner found for one file; the fields are those of `targets.base.Measurement`."""
 
     samples_ms: list[list[float]] = field(default_factory=list)
+    cpu_samples_ms: list[list[float]] = field(default_factory=list)
     init_ms: float | None = None
     peak_memory_mb: float | None = None
     actual_accelerator: str = "cpu"
@@ -113,6 +114,7 @@ class PythonRunner:
             reply = self._ask(space, files, work, warmup=work.warmup, runs=work.runs, on_done=advance)
             for row, found in zip(rows, reply["models"], strict=True):
                 row.samples_ms.append(found["samples_ms"])
+                row.cpu_samples_ms.append(found["cpu_samples_ms"])
             advance(work.runs * len(files))
         return rows
 

@@ -5,6 +5,9 @@ then runs inside each (Davison and Hinkley, Bootstrap Methods and their Applicat
 processes that anyone has patience for, percentile intervals are too short: resampling n values loses the factor
 (n-1)/n of their variance and ignores that it was estimated. Both are made good by widening around the estimate by
 sqrt(n/(n-1)) * t[n-1] / z (Hesterberg, What Teachers Should Know About the Bootstrap, 2015, section 4).
+
+Time is what the clock on the wall says, unless other processes had the core for a part of it: then the wall measures
+the neighbours, and for models of one thread the processor time of the process is compared in its place.
 """
 
 import math
@@ -21,6 +24,8 @@ from targets.errors import StatsError
 __all__ = ["Ratio", "ratio_interval"]
 
 RESAMPLES = 2000
+# Beyond this share of foreign time the wall clock says more about the neighbours than about the models.
+_MAX_FOREIGN_SHARE = 0.02
 _Z = 1.959963984540054
 # Student's t at 97.5% for 1..30 degrees of freedom (any statistics table).
 _T = (
@@ -36,7 +41,7 @@ class Ratio:
     Attributes:
         ratio: The estimate.
         low, high: Its 95% interval; equal to the estimate for a cost that is counted, not timed.
-        metric: What was compared: ``time``, ``instructions`` or ``cycles``.
+        metric: What was compared: ``time`` (on the wall), ``processor time``, ``instructions`` or ``cycles``.
         paired: Whether runs were compared with their neighbours in time.
         processes: Number of processes that the interval rests on.
     """
@@ -44,7 +49,7 @@ class Ratio:
     ratio: float
     low: float
     high: float
-    metric: Literal["time", "instructions", "cycles"] = "time"
+    metric: Literal["time", "processor time", "instructions", "cycles"] = "time"
     paired: bool = True
     processes: int = 1
 
@@ -58,7 +63,7 @@ class Ratio:
         """One short phrase: how much less or more, or ``no difference shown``."""
         if not self.difference_shown:
             return "no difference shown"
-        less = "less" if self.metric == "time" else "fewer"
+        less = "less" if self.metric.endswith("time") else "fewer"
         if self.ratio < 1:
             return f"{1 - self.ratio:.1%} {less} {self.metric}"
         return f"{self.ratio - 1:.1%} more {self.metric}"
@@ -69,7 +74,7 @@ class Ratio:
 
     def __str__(self) -> str:
         caveat = ""
-        if self.metric == "time" and self.processes == 1:
+        if self.metric.endswith("time") and self.processes == 1:
             caveat = "; one process only, the spread between processes is not in the interval"
         return f"{self.ratio:.3f} (95% {self.low:.3f}–{self.high:.3f}): {self.verdict}{caveat}"
 
@@ -113,16 +118,19 @@ def _counted(baseline: float, other: float, metric: Literal["instructions", "cyc
 
 def _time_ratio(baseline: Measurement, other: Measurement, resamples: int, generator: np.random.Generator) -> Ratio:
     paired = bool(baseline.interleaved_with) and baseline.interleaved_with == other.interleaved_with
+    shares = [row.foreign_share for row in (baseline, other)]
+    own = all(share is not None for share in shares) and max(filter(None, shares), default=0.0) > _MAX_FOREIGN_SHARE
+    a_samples, b_samples = (row.cpu_samples_ms if own else row.samples_ms for row in (baseline, other))
     if paired:
-        if len(baseline.samples_ms) != len(other.samples_ms):
-            raise StatsError(f"interleaved rows have {len(baseline.samples_ms)} and {len(other.samples_ms)} processes")
-        blocks = [_quads(a, b) for a, b in zip(baseline.samples_ms, other.samples_ms, strict=True)]
+        if len(a_samples) != len(b_samples):
+            raise StatsError(f"interleaved rows have {len(a_samples)} and {len(b_samples)} processes")
+        blocks = [_quads(a, b) for a, b in zip(a_samples, b_samples, strict=True)]
         centre = float(np.mean([np.median(block) for block in blocks]))
         draws = _bootstrap(blocks, resamples, generator)
         factor = _widening(len(blocks))
         processes = len(blocks)
     else:
-        logs = [[np.log(np.asarray(p)) for p in row.samples_ms] for row in (baseline, other)]
+        logs = [[np.log(np.asarray(p)) for p in samples] for samples in (a_samples, b_samples)]
         centre = float(np.mean([np.median(p) for p in logs[1]]) - np.mean([np.median(p) for p in logs[0]]))
         draws = _bootstrap(logs[1], resamples, generator) - _bootstrap(logs[0], resamples, generator)
         processes = min(len(logs[0]), len(logs[1]))
@@ -132,6 +140,7 @@ def _time_ratio(baseline: Measurement, other: Measurement, resamples: int, gener
         ratio=math.exp(centre),
         low=math.exp(centre - factor * max(centre - low, 0.0)),
         high=math.exp(centre + factor * max(high - centre, 0.0)),
+        metric="processor time" if own else "time",
         paired=paired,
         processes=processes,
     )

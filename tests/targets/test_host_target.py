@@ -41,6 +41,7 @@ def test_measures_two_files_in_order(make_model: MakeModel, name: str, form: str
         assert row.model == path.name
         assert row.model_sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
         assert [len(process) for process in row.samples_ms] == [6, 6]
+        assert [len(process) for process in row.cpu_samples_ms] == [6, 6]
         assert row.actual_accelerator == accelerator and row.requested_accelerator == "cpu"
         assert row.precision == "fp32" and row.quick and row.threads == 1
         assert row.init_ms is not None and row.init_ms > 0

@@ -35,17 +35,17 @@ def simulate(
     return row(a), row(b)
 
 
-@pytest.mark.parametrize("processes", [3, 5, 10])
+@pytest.mark.parametrize("processes", [3, 6])
 @pytest.mark.parametrize(("between", "within"), [(0.01, 0.002), (0.001, 0.05), (0.01, 0.05)])
 def test_the_interval_covers_the_truth_as_often_as_it_says(processes: int, between: float, within: float) -> None:
     generator = np.random.default_rng(0)
     covered = 0
-    trials = 200
+    trials = 120
     for _ in range(trials):
         pair = simulate(generator, truth=0.93, between=between, within=within, processes=processes, runs=20)
-        found = ratio_interval(*pair, resamples=300)
+        found = ratio_interval(*pair, resamples=200)
         covered += found.low <= 0.93 <= found.high
-    # 95% promised; three standard errors of 200 trials below it.
+    # 95% promised; three standard errors of the trials below it.
     assert covered / trials >= 0.95 - 3 * (0.95 * 0.05 / trials) ** 0.5
 
 
@@ -73,6 +73,23 @@ def test_pairing_cancels_a_drift_that_swamps_the_difference() -> None:
     alone = ratio_interval(row([a, a, a], ""), row([b, b, b], ""))
     assert not alone.paired
     assert alone.high - alone.low > 0.05
+
+
+def test_time_that_others_had_the_core_for_is_left_out() -> None:
+    generator = np.random.default_rng(3)
+    own_a = 10 * np.exp(generator.normal(0, 0.01, (3, 40)))
+    own_b = 9 * np.exp(generator.normal(0, 0.01, (3, 40)))
+    stolen = generator.exponential(15, (2, 3, 40))
+    a = replace(row((own_a + stolen[0]).tolist()), cpu_samples_ms=tuple(map(tuple, own_a.tolist())))
+    b = replace(row((own_b + stolen[1]).tolist()), cpu_samples_ms=tuple(map(tuple, own_b.tolist())))
+    assert a.foreign_share == pytest.approx(float(stolen[0].sum() / (own_a + stolen[0]).sum()))
+    found = ratio_interval(a, b)
+    assert found.metric == "processor time" and found.verdict.endswith("less processor time")
+    assert found.low <= 0.9 <= found.high and found.high - found.low < 0.03
+    # Left to themselves, or with several threads that wait for each other, the clock on the wall counts.
+    quiet = [replace(r, samples_ms=r.cpu_samples_ms) for r in (a, b)]
+    assert ratio_interval(*quiet).metric == "time"
+    assert ratio_interval(replace(a, threads=2), replace(b, threads=2)).metric == "time"
 
 
 def test_the_same_samples_show_no_difference() -> None:
