@@ -16,6 +16,7 @@ from pipeline.export.extras import require
 from pipeline.export.input_format import ENTRY, PixelInput, with_pixel_input
 from pipeline.export.lowering import lower
 from pipeline.export.naming import name_values
+from pipeline.export.probe import require_same
 from pipeline.export.quiet import quietly
 from pipeline.export.tflite import ExportInfo
 from pipeline.export.writing import replacing
@@ -47,14 +48,15 @@ def export_fp32(
         The record; its notes say which simplifier ran.
 
     Raises:
-        ExportError: The `onnx` extra is missing, or the model cannot be converted; no file is left.
+        ExportError: The `onnx` extra is missing, the model cannot be converted, or the file computes something else;
+            no file is left.
     """
     target = Path(path)
     started = time.perf_counter()
-    network = lower(model, example)
-    image = example.detach().cpu().float()
+    lowered = lower(model, example)
+    network, image = lowered, example.detach().cpu().float()
     if pixels is not None:
-        network, image = with_pixel_input(network, pixels), image.to(torch.uint8)
+        network, image = with_pixel_input(lowered, pixels), image.to(torch.uint8)
     if channels_last:
         network, image = _with_channels_last(network), image.permute(0, 2, 3, 1).contiguous()
     onnx = require("onnx", extra="onnx")
@@ -77,12 +79,14 @@ def export_fp32(
     proto, note = simplify(proto)
     _drop_build_paths(proto)
     name_values(proto)
-    with replacing(target) as temporary, quietly(f"write {target.name}"):
-        onnx.checker.check_model(proto, full_check=True)
-        onnx.save_model(proto, str(temporary))
+    with replacing(target) as temporary:
+        with quietly(f"write {target.name}"):
+            onnx.checker.check_model(proto, full_check=True)
+            onnx.save_model(proto, str(temporary))
         if pixels is not None or channels_last:
             spec = pixels.as_dict() if pixels is not None else {"values": "normalised", "dtype": "float32"}
             metadata.write_entry(temporary, ENTRY, {**spec, "layout": "NHWC" if channels_last else "NCHW"})
+        require_same(temporary, lowered, example, name=target.name, pixels=pixels)
     return ExportInfo.of(
         target, converter=f"torch.onnx {torch.__version__.split('+')[0]}", since=started, notes=(note,)
     )

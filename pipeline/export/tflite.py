@@ -16,6 +16,7 @@ from pipeline.export.extras import require
 from pipeline.export.input_format import ENTRY, PixelInput, with_pixel_input
 from pipeline.export.lowering import lower
 from pipeline.export.naming import name_tensors
+from pipeline.export.probe import require_same
 from pipeline.export.quiet import quietly
 from pipeline.export.writing import replacing
 
@@ -69,14 +70,15 @@ def export_fp32(model: nn.Module, example: Tensor, path: Path | str, *, pixels: 
         pixels: The file takes uint8 pixels and normalises them so; without it, normalised float32 images.
 
     Raises:
-        ExportError: The `tflite` extra is missing, or the model cannot be converted; no file is left.
+        ExportError: The `tflite` extra is missing, the model cannot be converted, or the file computes something
+            else; no file is left.
     """
     target = Path(path)
     started = time.perf_counter()
-    network = lower(model, example)
-    image = example.detach().cpu().float()
+    lowered = lower(model, example)
+    network, image = lowered, example.detach().cpu().float()
     if pixels is not None:
-        network, image = with_pixel_input(network, pixels), image.to(torch.uint8)
+        network, image = with_pixel_input(lowered, pixels), image.to(torch.uint8)
     doing = f"convert the model to TFLite ({target.name})"
     with quietly(doing):
         litert_torch = require("litert_torch", extra="tflite")
@@ -92,4 +94,5 @@ def export_fp32(model: nn.Module, example: Tensor, path: Path | str, *, pixels: 
         name_tensors(temporary, network)
         if pixels is not None:
             metadata.write_entry(temporary, ENTRY, {**pixels.as_dict(), "layout": "NHWC"})
+        require_same(temporary, lowered, example, name=target.name, pixels=pixels)
     return ExportInfo.of(target, converter=f"litert-torch {version}", since=started)

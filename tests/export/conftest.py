@@ -1,6 +1,6 @@
 """One conversion of each model, shared by all tests: a real one costs ten seconds and more."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +9,15 @@ import torch
 from tiny_models import TinyNet, images, tiny_net
 
 from pipeline.export import onnx, quantize, tflite
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """These networks are too small to share: threads that wait for each other cost more than they bring."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

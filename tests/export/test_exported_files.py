@@ -32,7 +32,7 @@ def test_int8_files_predict_within_a_few_steps_of_the_logits(files: Files, refer
     noise = ((found - expected) ** 2).mean()
     signal = expected.var(axis=0).mean()
     assert 10 * np.log10(signal / noise) > 15
-    assert (found.argmax(1) == expected.argmax(1)).mean() >= 0.9
+    assert (found.argmax(1) == expected.argmax(1)).mean() >= 0.8
 
 
 @pytest.mark.parametrize("kind", ["tflite_int8", "onnx_int8"])
