@@ -87,13 +87,16 @@ class LiteRtModel:
 class OrtModel:
     """One model in an ONNX Runtime session on the CPU, with a fixed input and bound outputs."""
 
-    def __init__(self, path: str, threads: int, seed: int) -> None:
+    def __init__(self, path: str, threads: int, seed: int, *, profile_prefix: str | None = None) -> None:
         ort = load_runtime("ort")
         self.version = ort.__version__
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
+        if profile_prefix is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = profile_prefix
         started = time.perf_counter_ns()
         try:
             self.session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
