@@ -158,7 +158,7 @@ def benchmark(
         if not row.actual_accelerator.startswith(settings.accelerator):
             reasons.append(f"asked for {settings.accelerator}, but {row.actual_accelerator} ran the model")
         if device.kind == "adb-emulated":
-            reasons.append("the device is emulated: its milliseconds mean nothing")
+            reasons = ["the device is emulated: neither its milliseconds nor their ratio say anything of a real one"]
         reason = "; ".join(filter(None, reasons))
         rows.append(
             Measurement.from_samples(

@@ -2,6 +2,7 @@
 """Raises a real adb device without a phone: Debian's adbd in namespaces of its own.
 
     tools/adb_device.py up [--count 2] [--disk-mb 300]     prints JSON: the adb server's socket and the serials
+    tools/adb_device.py up --arch arm64                    a whole emulated ARM device, with the runtimes in it
     tools/adb_device.py start|kill|stop|cont SERIAL        acts on one device's adbd, to inject faults
     tools/adb_device.py down                               ends everything
 
@@ -28,10 +29,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import platformdirs
 import psutil
 
-from targets import debian_root
+from targets import adbd_root
 from targets.confine import allow_confined_sockets_only
 from targets.errors import SetupError, TargetError
 
@@ -41,30 +41,15 @@ WAIT_S = 60.0
 ABSENT_EXIT_CODE = 77
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "cont": signal.SIGCONT}
 NOT_BOUND = {"proc", "sys", "dev", "tmp", "data", "run", "lost+found"}
-DEB_ARCH = {"x86_64": "amd64", "aarch64": "arm64"}
 
 
-def adbd_root() -> Path:
-    """Fetches and unpacks adbd for this machine once; returns the folder that holds it."""
-    cache = platformdirs.user_cache_path("layerfold") / "adb-device"
-    root, made = cache / "root", cache / "complete"
-    if not made.exists():
-        arch = DEB_ARCH.get(os.uname().machine)
-        if arch is None:
-            raise SetupError(f"Debian has no adbd for {os.uname().machine}", hint="use an x86-64 or arm64 machine")
-        packages = debian_root.fetch(["adbd"], cache / "apt", suite="trixie", arch=arch)
-        debian_root.unpack(packages, root)
-        shutil.rmtree(cache / "apt")
-        made.touch()
-    return root
-
-
-def adbd_command(root: Path) -> list[str]:
-    """Returns the command that starts adbd with its own loader and libraries, not the machine's."""
-    libraries = next(root.glob("usr/lib/*-linux-gnu"))
-    loader = next(libraries.glob("ld-linux*"))
-    path = f"{libraries / 'android'}:{libraries}"
-    return [str(loader), "--library-path", path, str(root / "usr/lib/android-sdk/platform-tools/adbd")]
+def register_qemu(qemu: Path) -> None:
+    """Makes this namespace's kernel run aarch64 programs through QEMU; other namespaces know nothing of it."""
+    place = Path("/proc/sys/fs/binfmt_misc")
+    subprocess.run(["mount", "-t", "binfmt_misc", "binfmt_misc", str(place)], check=True)
+    magic = r"\x7fELF\x02\x01\x01\x00\x00\x00\x00\x00\x00\x00\x00\x00\x02\x00\xb7\x00"
+    mask = r"\xff\xff\xff\xff\xff\xff\xff\x00\xff\xff\xff\xff\xff\xff\xff\xff\xfe\xff\xff\xff"
+    (place / "register").write_text(f":layerfold-aarch64:M::{magic}:{mask}:{qemu}:F")
 
 
 def check_namespaces() -> None:
@@ -88,6 +73,8 @@ def hold(state: Path) -> None:
     settings = json.loads((state / "settings.json").read_text())
     mount = ["mount"]
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+    if settings["qemu"]:
+        register_qemu(Path(settings["qemu"]))
     for serial in settings["serials"]:
         view = state / "views" / serial.rpartition(":")[2]
         view.mkdir(parents=True)
@@ -106,7 +93,11 @@ def hold(state: Path) -> None:
             (view / name).mkdir()
         subprocess.run([*mount, "-t", "proc", "proc", str(view / "proc")], check=True)
         subprocess.run([*mount, "--rbind", "/dev", str(view / "dev")], check=True)
-        subprocess.run([*mount, "--rbind", "/sys", str(view / "sys")], check=True)
+        own = Path(settings["root"]) if settings["root"] else None
+        # An emulated device must describe its own processor, or the runtimes believe in this machine's.
+        subprocess.run([*mount, "--rbind", str(own / "sys") if own else "/sys", str(view / "sys")], check=True)
+        if own:
+            subprocess.run([*mount, "--bind", str(own / "proc/cpuinfo"), str(view / "proc/cpuinfo")], check=True)
         for needed in settings["needed"]:
             # A checkout or an interpreter below a folder that the view leaves out is brought back alone.
             if Path(needed).parts[1] in NOT_BOUND and not (view / needed.lstrip("/")).exists():
@@ -139,7 +130,8 @@ def start_adbd(state: Path, serial: str) -> None:
     settings = json.loads((state / "settings.json").read_text())
     port = serial.rpartition(":")[2]
     log = (state / f"adbd-{port}.log").open("ab")
-    env = {"ADBD_PORT": port, "PATH": "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin", "HOME": "/", "TMPDIR": "/tmp"}
+    path = "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
+    env = {"ADBD_PORT": port, "PATH": path, "HOME": "/", "TMPDIR": "/tmp", "QEMU_CPU": "cortex-a76"}
     argv = ["chroot", str(state / "views" / port), *settings["adbd"]]
     subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
 
@@ -168,22 +160,32 @@ def holder(state: Path) -> psutil.Process:
     return process
 
 
-def up(
-    state: Path, *, count: int, disk_mb: int, root: Path | None = None, command: Sequence[str] = ()
-) -> dict[str, object]:
+def up(state: Path, *, count: int, disk_mb: int, arch: str) -> dict[str, object]:
     """Raises `count` devices and waits until adb sees them all."""
     check_namespaces()
     if (state / "pid").exists():
         down(state)
-    fetched = adbd_root() if root is None else root
+    root, qemu, needed = "", "", []
+    if arch == "arm64":
+        built, static = adbd_root.emulated(
+            lambda step, steps, what: print(f"root {step}/{steps}: {what}", file=sys.stderr)
+        )
+        root, qemu = str(built), str(static)
+        # The device's root is the root of its view, so adbd is found below /opt there.
+        command = [word.replace(str(built), "") for word in adbd_root.command(built / "opt/adbd")]
+    else:
+        fetched = adbd_root.host()
+        command = adbd_root.command(fetched)
+        needed = [str(fetched), sys.prefix, sys.base_prefix, str(Path(__file__).resolve().parents[1])]
     state.mkdir(parents=True, mode=0o700, exist_ok=True)
     serials = [f"localhost:{FIRST_PORT + index}" for index in range(count)]
     settings = {
         "serials": serials,
         "disk_mb": disk_mb,
-        "root": str(root) if root else "",
-        "adbd": list(command) or adbd_command(fetched),
-        "needed": [str(fetched), sys.prefix, sys.base_prefix, str(Path(__file__).resolve().parents[1])],
+        "root": root,
+        "qemu": qemu,
+        "adbd": command,
+        "needed": needed,
     }
     (state / "settings.json").write_text(json.dumps(settings))
     with (state / "hold.log").open("wb") as log:
@@ -253,6 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     raising = verbs.add_parser("up", help="raise the devices")
     raising.add_argument("--count", type=int, default=1, help="how many (1)")
     raising.add_argument("--disk-mb", type=int, default=300, help="room on each device's storage in MiB (300)")
+    raising.add_argument("--arch", choices=("host", "arm64"), default="host", help="arm64 emulates a whole device")
     verbs.add_parser("down", help="end everything")
     for verb in ("start", *SIGNALS, "_adbd"):
         verbs.add_parser(verb).add_argument("serial")
@@ -261,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     state = chosen.state.resolve()
     try:
         if chosen.verb == "up":
-            print(json.dumps(up(state, count=chosen.count, disk_mb=chosen.disk_mb)))
+            print(json.dumps(up(state, count=chosen.count, disk_mb=chosen.disk_mb, arch=chosen.arch)))
         elif chosen.verb == "down":
             down(state)
         elif chosen.verb == "_hold":

@@ -322,3 +322,31 @@ def test_a_run_that_is_killed_leaves_no_process_and_the_next_sweeps_its_files(la
     assert len(lab.files(serial)) == 1
     AndroidTarget(device=serial, **FAST).benchmark([make_model("tflite")], runs=1, restarts=1)  # type: ignore[arg-type]
     assert lab.files(serial) == []
+
+
+@pytest.mark.slow
+def test_a_whole_emulated_arm_device_goes_the_same_way(
+    make_model: MakeModel, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """arm64 adbd, shell, Python and the real aarch64 wheels: everything of a phone but the silicon."""
+    state = tmp_path_factory.mktemp("arm")
+    base = [sys.executable, str(TOOL), "--state", str(state)]
+    done = subprocess.run([*base, "up", "--arch", "arm64"], capture_output=True, text=True)
+    if done.returncode == ABSENT_EXIT_CODE:
+        pytest.skip(f"no emulated device can be raised here: {done.stderr.strip()}")
+    assert done.returncode == 0, done.stderr
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("ADB_SERVER_SOCKET", json.loads(done.stdout)["adb_server_socket"])
+            patch.setenv("XDG_STATE_HOME", str(state / "state"))
+            files = [make_model("tflite", kind="int8"), make_model("tflite", kind="int8", channels=4)]
+            target = AndroidTarget(runner="python", gate_wait_s=0, cooldown_s=0, timeout_s=300)
+            rows = target.benchmark(files, warmup=0, runs=2, restarts=1)
+            left = AdbRemote(choose(None)).shell(["ls", STORAGE], timeout_s=60).stdout
+    finally:
+        subprocess.run([*base, "down"], check=True, timeout=60)
+    assert [row.device.kind for row in rows] == ["adb-emulated"] * 2
+    assert all(row.device.arch == "aarch64" and not row.valid and "emulated" in row.invalid_reason for row in rows)
+    assert left == ""
+    hosts = targets.get("host-litert", gate_wait_s=0).benchmark(files, runs=1, restarts=1)
+    assert [row.output_sha256 for row in rows] == [row.output_sha256 for row in hosts]
