@@ -23,6 +23,8 @@ _BUILT_IN: Mapping[str, str] = {
     "emulated-arm64": "targets.emulated:EmulatedTarget",
     "android": "targets.android:AndroidTarget",
     "ssh": "targets.ssh:SshTarget",
+    "ethos-u": "targets.ethos_u:EthosUTarget",
+    "qnn-htp": "targets.qnn:QnnTarget",
 }
 # Functions that list what is attached, each for one kind of target.
 _LISTERS = ("targets.host:devices", "targets.emulated:devices", "targets.android:devices")
