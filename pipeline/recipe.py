@@ -107,9 +107,12 @@ class BaselineSection(_Section):
 
 
 class PrefoldSection(_Section):
-    """Which units become linear. `alpha` learns it, `fixed` anneals the given units to α=1."""
+    """Which units become linear.
 
-    method: Literal["alpha", "fixed"] = "alpha"
+    `alpha` learns it, `fixed` anneals the given units to α=1, `closed_form` fits them by least squares, untrained.
+    """
+
+    method: Literal["alpha", "fixed", "closed_form"] = "alpha"
     units: Literal["all"] | tuple[str, ...] = "all"
     exclude: tuple[str, ...] = ()
     max_macs_ratio: Positive = 2.0
@@ -124,13 +127,19 @@ class PrefoldSection(_Section):
     snap_at: Fraction | None = None
     """The share of the fine-tuning after which every α is fixed at 0 or 1, so that the rest trains what will fold."""
     penalty_weights: Literal["uniform", "macs"] = "uniform"
+    ridge: Positive = 1e-3
+    """Method `closed_form`: λ of the least squares, in units of the inputs' mean variance."""
+    refit: Literal["none", "bias", "pointwise", "all"] = "none"
+    """Method `closed_form`: which layers behind the first folded unit are fitted anew to the baseline's outputs."""
     distill: DistillSection | None = None
-    train: TrainSection
+    train: TrainSection | None = None
 
     @model_validator(mode="after")
-    def _fixed_needs_units(self) -> "PrefoldSection":
-        if self.method == "fixed" and (self.units == "all" or not self.units):
-            raise ValueError("prefold.method 'fixed' needs prefold.units: the names of the units to fold")
+    def _methods_have_what_they_need(self) -> "PrefoldSection":
+        if self.method != "alpha" and (self.units == "all" or not self.units):
+            raise ValueError(f"prefold.method '{self.method}' needs prefold.units: the names of the units to fold")
+        if self.method != "closed_form" and self.train is None:
+            raise ValueError(f"prefold.method '{self.method}' needs prefold.train: epochs, lr, …")
         return self
 
 

@@ -149,7 +149,7 @@ def _insert(conv: AffineConv, name: str, entry: fx.Node, out: fx.Node, traced: f
     traced.add_submodule(name, module)
     with traced.graph.inserting_before(out):
         node = traced.graph.call_module(name, (entry,))
-    node.meta = dict(out.meta)
+    node.meta = {**out.meta, "stands_for": out.meta.get("stands_for", out.name)}
     return node
 
 

@@ -4,6 +4,8 @@ __all__ = ["run"]
 
 from typing import Any
 
+import torch
+
 from pipeline.models import weights, zoo
 from pipeline.stages import StageContext, workbench
 
@@ -12,6 +14,7 @@ def run(context: StageContext) -> dict[str, Any]:
     """Builds the model, loads its weights, trains it where the recipe says so, and evaluates it."""
     recipe = context.recipe
     section = recipe.model
+    torch.manual_seed(recipe.seed)  # random weights are part of what the seed decides
     model = zoo.create(
         section.name,
         num_classes=section.num_classes,

@@ -49,12 +49,13 @@ def run(context: StageContext) -> dict[str, Any]:
 
 
 def _is_one_layer(unit: str, result: FoldResult) -> bool:
-    """Whether a convolution of the folded network holds the unit's layers; a unit may be a single activation."""
-    merged = [segment for segment in result.segments if segment.windows > 1]
-    if any(segment.name == unit or segment.merged[0].startswith(f"{unit}.") for segment in merged):
-        return True
-    is_block = any(name.startswith(f"{unit}.") for segment in result.segments for name in segment.merged)
-    return not is_block and not any(unit in skip.names for skip in result.skipped)
+    """Whether one convolution of the folded network stands for the unit; a unit may be a single activation."""
+    modules = dict(result.model.named_modules())
+    if unit in modules:
+        return "weight" in dict(modules[unit].named_parameters(recurse=False)) and not list(modules[unit].children())
+    return not any(name.startswith(f"{unit}.") for name in modules) and not any(
+        unit in skip.names for skip in result.skipped
+    )
 
 
 def _reason(unit: str, skips: Mapping[str, str]) -> str:

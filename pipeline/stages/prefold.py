@@ -2,7 +2,7 @@
 
 __all__ = ["candidates", "run", "unit_macs"]
 
-import json
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,16 +11,47 @@ from torch import nn
 from pipeline import alpha
 from pipeline.errors import UnitError, nearest
 from pipeline.folding import fold
+from pipeline.folding.closed_form import closed_form_fold
 from pipeline.folding.units import Unit, find_units, linearise
 from pipeline.recipe import Recipe
 from pipeline.stages import StageContext, workbench
 
+_CLOSED_FORM_BATCH = 16
+
 
 def run(context: StageContext) -> dict[str, Any]:
-    """Attaches α to the candidate units, fine-tunes, and settles: α above the threshold becomes linear."""
-    recipe, section = context.recipe, context.recipe.prefold
+    """Makes units linear, by learned or annealed α or in closed form, and evaluates the network that will fold."""
+    recipe = context.recipe
     baseline = workbench.load_model(context, "baseline", "models/baseline.pt")
     units = candidates(recipe, baseline)
+    if recipe.prefold.method == "closed_form":
+        settled, values, details = _closed_form(context, baseline, [unit.name for unit in units])
+    else:
+        settled, values, details = _learned(context, baseline, units)
+    evaluation = workbench.score(context, settled, teacher=baseline)
+    linear = [name for name, value in values.items() if value > recipe.prefold.threshold]
+    workbench.save_model(context, "settled.pt", settled, alphas=values, linear_units=linear)
+    if not linear:
+        context.report.say(
+            f"no unit's alpha passed {recipe.prefold.threshold}: nothing will fold; "
+            "raise prefold.lambda_c or prefold.train.epochs"
+        )
+    return {
+        "alphas": values,
+        "linear_units": linear,
+        "details": details,
+        "evaluation": evaluation.as_dict(),
+        "summary": f"{len(linear)} of {len(units)} units linear ({', '.join(linear) or 'none'}), "
+        + workbench.summary(evaluation),
+    }
+
+
+def _learned(
+    context: StageContext, baseline: nn.Module, units: list[Unit]
+) -> tuple[nn.Module, dict[str, float], dict[str, Any]]:
+    """Attaches α to the candidate units, fine-tunes, and settles: α above the threshold becomes linear."""
+    recipe, section = context.recipe, context.recipe.prefold
+    assert section.train is not None, "the recipe's validator asks for it"
     student = alpha.attach(baseline, units=[unit.name for unit in units], per="unit")
     alpha.set_values(student, section.alpha_init)
     schedule = alpha.AlphaSchedule(
@@ -34,24 +65,32 @@ def run(context: StageContext) -> dict[str, Any]:
         snap_at=section.snap_at,
     )
     workbench.fine_tune(context, student, section.train, distill=section.distill, teacher=baseline, alpha=schedule)
-    values = alpha.values(student)
-    settled = alpha.settle(student, threshold=section.threshold)
-    evaluation = workbench.score(context, settled, teacher=baseline)
-    linear = [name for name, value in values.items() if value > section.threshold]
-    workbench.save_model(context, "settled.pt", settled, alphas=values, linear_units=linear)
-    (context.work / "alphas.json").write_text(json.dumps(values, indent=1))
-    if not linear:
-        context.report.say(
-            f"no unit's alpha passed {section.threshold}: nothing will fold; "
-            "raise prefold.lambda_c or prefold.train.epochs"
-        )
-    return {
-        "alphas": values,
-        "linear_units": linear,
-        "evaluation": evaluation.as_dict(),
-        "summary": f"{len(linear)} of {len(units)} units linear ({', '.join(linear) or 'none'}), "
-        + workbench.summary(evaluation),
-    }
+    return alpha.settle(student, threshold=section.threshold), alpha.values(student), {}
+
+
+def _closed_form(
+    context: StageContext, baseline: nn.Module, names: list[str]
+) -> tuple[nn.Module, dict[str, float], dict[str, Any]]:
+    """Fits one convolution to each unit on the training images, without labels or gradients: they fold right here."""
+    recipe, section = context.recipe, context.recipe.prefold
+    source = workbench.split(recipe, "train")
+    context.report.progress(0, 1, f"least squares on {len(source)} images")
+
+    def images() -> Iterator[torch.Tensor]:
+        for batch, _ in source.batches(_CLOSED_FORM_BATCH, train=True, seed=recipe.seed):
+            yield batch
+
+    result = closed_form_fold(
+        baseline,
+        names,
+        images,
+        ridge=section.ridge,
+        refit=section.refit,
+        batch_size=_CLOSED_FORM_BATCH,
+        seed=recipe.seed,
+    )
+    fits = {fit.name: {"kernel": list(fit.kernel), "residual": fit.residual} for fit in result.units}
+    return result.model, dict.fromkeys(names, 1.0), {"fits": fits, "refitted": list(result.refitted)}
 
 
 def candidates(recipe: Recipe, model: nn.Module) -> list[Unit]:
