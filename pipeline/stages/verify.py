@@ -2,7 +2,7 @@
 
 __all__ = ["run"]
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, get_args
@@ -21,6 +21,8 @@ from pipeline.stages import StageContext, workbench
 from pipeline.stages.export import MODELS
 
 Logits = NDArray[np.float32]
+_Batches = Callable[[], Iterable[NDArray[np.float32]]]
+_LARGEST_CACHE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,10 @@ def run(context: StageContext) -> dict[str, Any]:
     evaluation = workbench.split(recipe, "eval")
     labelled = evaluation if evaluation.labelled else workbench.labelled(recipe)
     labels = np.empty(0, dtype=np.int64) if labelled is None else _labels(labelled, recipe.verify.batch_size)
+    evaluated_images = _batches(evaluation, recipe)
+    labelled_images: _Batches | None = evaluated_images
+    if labelled is not evaluation:
+        labelled_images = None if labelled is None else _batches(labelled, recipe)
     kinds = [kind for kind in get_args(FileKind) if kind.split("_")[0] in recipe.export.formats]
     total = len(MODELS) * (1 + len(kinds))
     done = 0
@@ -48,7 +54,7 @@ def run(context: StageContext) -> dict[str, Any]:
         torch_logits: _Predictions | None = None
         for kind in ("torch", *kinds):
             context.report.progress(done, total, f"{which} {kind} on {len(evaluation)} images")
-            logits = _predict(context, which, kind, evaluation, labelled)
+            logits = _predict(context, which, kind, evaluated_images, labelled_images)
             if torch_logits is None:
                 torch_logits = logits
             if original is None:
@@ -70,10 +76,22 @@ def run(context: StageContext) -> dict[str, Any]:
     }
 
 
+def _batches(source: ImageSource, recipe: Recipe) -> _Batches:
+    """Network inputs in order, as often as asked; a set that fits in memory is decoded once for all ten models."""
+    batch_size = recipe.verify.batch_size
+
+    def fresh() -> Iterator[NDArray[np.float32]]:
+        return (images.numpy() for images, _ in source.batches(batch_size))
+
+    if len(source) * 3 * recipe.model.input_px**2 * 4 > _LARGEST_CACHE_BYTES:
+        return fresh
+    kept = list(fresh())
+    return lambda: kept
+
+
 def _predict(
-    context: StageContext, which: str, kind: str, evaluation: ImageSource, labelled: ImageSource | None
+    context: StageContext, which: str, kind: str, evaluation: _Batches, labelled: _Batches | None
 ) -> _Predictions:
-    batch_size = context.recipe.verify.batch_size
     if kind == "torch":
         stage = "baseline" if which == "baseline" else "postfold"
         module = workbench.load_model(context, stage, f"models/{which}.pt")
@@ -84,13 +102,13 @@ def _predict(
         file: FileKind = kind  # type: ignore[assignment]  # one of the four kinds by construction
         predict = runtimes.open_model(context.inputs[stage].file(f"models/{which}{FILE_SUFFIXES[file]}")).predict
 
-    def over(source: ImageSource) -> Logits:
-        return np.concatenate([predict(images.numpy()) for images, _ in source.batches(batch_size)])
+    def over(batches: Iterable[NDArray[np.float32]]) -> Logits:
+        return np.concatenate([predict(images) for images in batches])
 
-    evaluated = over(evaluation)
+    evaluated = over(evaluation())
     if labelled is None:
         return _Predictions(evaluated, evaluated[:0])
-    return _Predictions(evaluated, evaluated if labelled is evaluation else over(labelled))
+    return _Predictions(evaluated, evaluated if labelled is evaluation else over(labelled()))
 
 
 def _torch_predict(module: nn.Module, images: NDArray[np.float32]) -> Logits:
