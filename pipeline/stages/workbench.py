@@ -184,7 +184,7 @@ def summary(evaluation: Evaluation) -> str:
         parts.append(f"top-1 {100 * evaluation.top1:.2f}%")
     if evaluation.agreement is not None:
         parts.append(f"agreement with the baseline {100 * evaluation.agreement:.2f}%")
-    return ", ".join(parts) + f" on {evaluation.count} images"
+    return f"{', '.join(parts)} on {evaluation.count} images" if parts else f"{evaluation.count} images, no labels"
 
 
 def count(recipe: Recipe, model: nn.Module) -> dict[str, int]:
