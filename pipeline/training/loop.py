@@ -13,17 +13,19 @@ from torch import Tensor, nn
 
 from pipeline import alpha as alphas
 from pipeline.alpha import AlphaSchedule
-from pipeline.alpha.schedule import apply_
 from pipeline.data.sources import ImageSource
 from pipeline.errors import TrainingError
-from pipeline.training import checkpoint, rate
+from pipeline.training import checkpoint
 from pipeline.training.average import MovingAverage
 from pipeline.training.config import FitConfig, FitResult, Progress
+from pipeline.training.distributed import World
 from pipeline.training.interrupt import Interruptions
+from pipeline.training.memory import kept_pages
 from pipeline.training.objective import Objective
-from pipeline.training.optimiser import build, set_rate
+from pipeline.training.optimiser import build
 from pipeline.training.scoring import Scorer
 from pipeline.training.state import TrainState
+from pipeline.training.step import Stepper
 
 _PROGRESS_EVERY_S = 0.1
 # Reading a loss back from a GPU stalls it, so there they are read in groups.
@@ -91,7 +93,8 @@ class _Fit:
     ) -> None:
         self.config, self.train, self.alpha = config, train, alpha
         self.folder, self.on_progress = Path(checkpoint_dir), on_progress
-        self.device = torch.device(device)
+        self.world = World()
+        self.device = self.world.device(torch.device(device))
         model.to(self.device)
         if config.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -103,7 +106,6 @@ class _Fit:
                 f"{len(train)} images in batches of {config.batch_size} for {config.epochs} epochs are not one step",
                 hint="lower batch_size or raise epochs",
             )
-        self.warmup_steps = min(round(config.warmup_epochs * self.epoch_steps), self.total_steps)
         self.state = TrainState(
             model=model,
             optimiser=build(model, config, None if alpha is None else alpha.alpha_lr),
@@ -118,6 +120,8 @@ class _Fit:
         )
         self.scorer = Scorer(evaluate, teacher, config, self.device)
         self.objective = Objective(model, teacher, train, config, self.device)
+        warmup = min(round(config.warmup_epochs * self.epoch_steps), self.total_steps)
+        self.take_step = Stepper(self.state, self.objective, config, alpha, self.total_steps, warmup, self.world)
         self.interruptions = Interruptions()
         self.unread: list[Tensor] = []
         self.last_loss = math.nan
@@ -129,34 +133,46 @@ class _Fit:
     def run(self) -> FitResult:
         model = self.state.model
         cuda = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=cuda), self.objective, self.interruptions:
-            torch.manual_seed(self.config.seed)
-            saved = checkpoint.load(self.folder)
-            if saved is None:
-                checkpoint.save(self.folder, self.state.as_dict())
-            else:
-                self.state.restore(saved)
+        with (
+            torch.random.fork_rng(devices=cuda),
+            kept_pages(self.device.type),
+            self.world.joined(self.device),
+            self.objective,
+            self.interruptions,
+        ):
+            resumed_at = self._begin()
             while self.state.step < self.total_steps and not self.state.stopped:
                 try:
                     self._epoch()
                 except _NonFinite as error:
                     self._go_back(str(error))
                 except KeyboardInterrupt:
-                    self._save_if_sound()
+                    if self.between_steps:  # amid a step, the last checkpoint stays the one to go on from
+                        if self.world.size == 1:  # others may be amid a step and would not answer
+                            self._read_losses()
+                        self._save()
                     raise
         if self.alpha is not None:
-            apply_(model, self.alpha, 1.0)
-            alphas.clamp_(model)
+            alphas.apply_(model, self.alpha, 1.0)
         if self.state.average is not None:
             self.state.average.swap(model)
         if self.state.best_state is not None:
             model.load_state_dict(self.state.best_state)
         model.zero_grad(set_to_none=True)
         final = self.scorer.score(model)
+        model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         self._tell("", force=True)
-        return FitResult(
-            model.eval(), self.state.history, final, self.state.step, None if saved is None else int(saved["step"])
-        )
+        return FitResult(model.eval(), self.state.history, final, self.state.step, resumed_at)
+
+    def _begin(self) -> int | None:
+        """Loads the last checkpoint, or writes the first one; returns the step to go on from, if any."""
+        saved = checkpoint.load(self.folder)
+        self.world.wait()  # nobody writes before everybody has looked
+        if saved is not None:
+            self.state.restore(saved)
+        else:
+            self._save()
+        return None if saved is None else int(saved["step"])
 
     def _epoch(self) -> None:
         """Trains to the end of the running epoch."""
@@ -168,15 +184,20 @@ class _Fit:
         last = min((epoch + 1) * self.epoch_steps, self.total_steps)
         for images, labels in batches:
             self.between_steps = False
-            self._step(images, labels)
+            self.unread.append(self.take_step(images, labels))
+            self.steps_here += 1
+            if len(self.unread) >= _LOSSES_PER_READ.get(self.device.type, _LOSSES_PER_READ_ELSEWHERE):
+                self._read_losses()
             if self.state.step == last:
                 break
             self.between_steps = True
-            if time.monotonic() - self.saved_at >= self.config.checkpoint_every_s:
+            if not self.unread and time.monotonic() - self.saved_at >= self.config.checkpoint_every_s:
                 self._save()
             self._tell("")
             self.interruptions.check()
         self._read_losses()
+        if not self.state.is_finite():
+            raise _NonFinite(f"a weight was not finite at step {self.state.step}")
         self._end_of_epoch(epoch)
         self._save()
         self.between_steps = True
@@ -190,44 +211,10 @@ class _Fit:
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
 
-    def _step(self, images: Tensor, labels: Tensor) -> None:
-        """One optimiser step."""
-        state, config = self.state, self.config
-        position = state.step / self.total_steps
-        if self.alpha is not None:
-            apply_(state.model, self.alpha, position)
-        share = rate.factor(config.schedule, state.step, self.total_steps, self.warmup_steps)
-        set_rate(state.optimiser, share * state.rate_scale)
-        state.optimiser.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=self.device)
-        for part, part_labels in zip(images.chunk(config.accumulate), labels.chunk(config.accumulate), strict=True):
-            loss = self.objective(part, part_labels, state.step) / config.accumulate
-            state.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-            total += loss.detach()
-        if self.alpha is not None and (strength := self.alpha.lambda_at(position)) > 0:
-            penalty = strength * alphas.penalty(state.model, self.alpha.p, self.alpha.weights)
-            if penalty.requires_grad:
-                state.scaler.scale(penalty).backward()  # type: ignore[no-untyped-call]
-            total += penalty.detach()
-        if config.grad_clip is not None:
-            state.scaler.unscale_(state.optimiser)
-            nn.utils.clip_grad_norm_(state.model.parameters(), config.grad_clip)
-        state.scaler.step(state.optimiser)
-        state.scaler.update()
-        if self.alpha is not None:
-            alphas.clamp_(state.model)
-        if state.average is not None:
-            state.average.update(state.model)
-        state.step += 1
-        self.steps_here += 1
-        self.unread.append(total)
-        if len(self.unread) >= _LOSSES_PER_READ.get(self.device.type, _LOSSES_PER_READ_ELSEWHERE):
-            self._read_losses()
-
     def _read_losses(self) -> None:
         if not self.unread:
             return
-        losses = torch.stack(self.unread).tolist()
+        losses = self.world.mean(torch.stack(self.unread)).tolist()
         self.unread.clear()
         for back, loss in enumerate(reversed(losses)):
             if not math.isfinite(loss):
@@ -252,20 +239,10 @@ class _Fit:
             row["evaluation"] = evaluation.as_dict()
 
     def _save(self) -> None:
-        self._read_losses()
-        if not self.state.is_finite():
-            raise _NonFinite(f"a weight was not finite at step {self.state.step}")
-        checkpoint.save(self.folder, self.state.as_dict())
+        """Writes a checkpoint, unless a weight is not finite: the next loss will tell every process so."""
         self.saved_at = time.monotonic()
-
-    def _save_if_sound(self) -> None:
-        """The checkpoint of an interrupted run; amid a step, or with broken weights, the last good one stays."""
-        if not self.between_steps:
-            return
-        try:
-            self._save()
-        except _NonFinite:
-            return
+        if self.world.rank == 0 and self.state.is_finite():
+            checkpoint.save(self.folder, self.state.as_dict())
 
     def _go_back(self, reason: str) -> None:
         """Returns to the last checkpoint at half the rate.
@@ -281,6 +258,7 @@ class _Fit:
                 hint="lower lr, clip gradients (grad_clip), or look for broken images",
             )
         scale = self.state.rate_scale / 2
+        self.world.wait()  # rank 0 may still be writing
         saved = checkpoint.load(self.folder)
         assert saved is not None  # one is written before the first step
         self.state.restore(saved)
@@ -291,7 +269,7 @@ class _Fit:
 
     def _tell(self, note: str, *, force: bool = False) -> None:
         now = time.monotonic()
-        if self.on_progress is None or (not force and now - self.told_at < _PROGRESS_EVERY_S):
+        if self.on_progress is None or self.world.rank > 0 or (not force and now - self.told_at < _PROGRESS_EVERY_S):
             return
         self.told_at = now
         self.on_progress(

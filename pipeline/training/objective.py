@@ -2,9 +2,8 @@
 
 __all__ = ["Objective"]
 
-from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +56,7 @@ class Objective:
             if train.num_classes is None:
                 raise TrainingError(f"mixup needs classes, but {train.name} has none", hint="set mixup and cutmix to 0")
             self.mixing = Mixing(config, train.num_classes)
-        self.student: Callable[[Tensor], Tensor] = cast(Any, torch.compile(model) if config.compile else model)
+        self.student: nn.Module = cast(nn.Module, torch.compile(model)) if config.compile else model
         self._stack = ExitStack()
 
     def __enter__(self) -> "Objective":

@@ -51,16 +51,13 @@ class TrainState:
     _PLAIN = ("step", "rate_scale", "history", "loss_sum", "best", "best_state", "stale", "stopped")
 
     def as_dict(self) -> dict[str, Any]:
-        """A snapshot for `checkpoint.save`; the random generators' states are part of it."""
-        device = next(self.model.parameters()).device
+        """A snapshot for `checkpoint.save`. Random states are no part of it: each step seeds its own."""
         return {
             "model": self.model.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "scaler": self.scaler.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
             "frozen": {m.group: m.frozen for m in self.model.modules() if isinstance(m, AlphaActivation)},
-            "rng": torch.get_rng_state(),
-            "rng_cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
             "fingerprint": self.fingerprint,
             **{name: copy.copy(getattr(self, name)) for name in self._PLAIN},
         }
@@ -89,9 +86,6 @@ class TrainState:
         self.scaler.load_state_dict(saved["scaler"])
         if self.average is not None:
             self.average.load_state_dict(saved["average"])
-        torch.set_rng_state(saved["rng"])
-        if saved["rng_cuda"] is not None:
-            torch.cuda.set_rng_state(saved["rng_cuda"], next(self.model.parameters()).device)
         for name in self._PLAIN:
             setattr(self, name, copy.copy(saved[name]))
 

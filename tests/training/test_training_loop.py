@@ -58,7 +58,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "onecycle": {"schedule": "onecycle", "grad_clip": 0.5, "label_smoothing": 0.1},
     "mixed": {"mixup": 0.4, "cutmix": 1.0, "warmup_epochs": 0.5},
     "parts": {"accumulate": 2, "freeze_bn": True, "schedule": "step"},
-    "bf16": {"amp": "bf16", "channels_last": True},
+    "bf16": {"amp": "bf16", "channels_last": False},
 }
 
 

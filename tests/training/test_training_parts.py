@@ -1,6 +1,8 @@
 """Losses, rates, averages, checkpoints and evaluation against formulas written out by hand."""
 
 import math
+import resource
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from pipeline.training import checkpoint, losses, rate
 from pipeline.training.average import MovingAverage
 from pipeline.training.config import FitConfig
 from pipeline.training.evaluate import evaluate
+from pipeline.training.memory import kept_pages
 from pipeline.training.mixing import Mixing
 
 
@@ -165,3 +168,21 @@ def test_evaluation_gives_the_training_mode_back() -> None:
     network[1].eval()
     evaluate(network, TinySource(20))
     assert network.training and not network[1].training
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
+def test_kept_pages_are_not_faulted_in_again() -> None:
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.zeros(16 << 20)  # 64 MB, which glibc maps anew by default
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    plain = [faults() for _ in range(3)][-1]
+    with kept_pages("cpu") as active:
+        if not active:
+            pytest.skip("another allocator is in place")
+        kept = [faults() for _ in range(3)][-1]
+    assert plain > 100 and kept < plain / 10
+    assert [faults() for _ in range(3)][-1] > 10 * max(kept, 1)
+    with kept_pages("cuda") as active:
+        assert not active
