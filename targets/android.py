@@ -8,7 +8,7 @@ from targets.adb import AdbRemote, attached, choose
 from targets.base import Device, Measurement, OnProgress
 from targets.errors import DeviceError, OptionError, RuntimeMissingError, TimeoutExpiredError
 from targets.remote_benchmark import RemoteSettings, ask, benchmark, describe
-from targets.runners import BenchmarkModelRunner, PerfTestRunner, PythonRunner, Runner
+from targets.runners import BENCHMARK_MODEL, PERF_TEST, PythonRunner, Runner, ToolRunner
 
 __all__ = ["AndroidTarget", "devices"]
 
@@ -110,7 +110,7 @@ def make_runner(
     onnx = formats == {".onnx"}
     if runner == "python":
         return PythonRunner("ort" if onnx else "litert", python=python)
-    return (PerfTestRunner if onnx else BenchmarkModelRunner)(binary=binary, libraries=libraries)
+    return ToolRunner(PERF_TEST if onnx else BENCHMARK_MODEL, binary=binary, libraries=libraries)
 
 
 def _settings_names() -> str:

@@ -61,7 +61,8 @@ def busy_between(stat_before: str, stat_after: str) -> dict[int, float]:
     fractions = {}
     for core, (busy, total) in _cpu_ticks(stat_after).items():
         if core in before and total > before[core][1]:
-            fractions[core] = (busy - before[core][0]) / (total - before[core][1])
+            share = (busy - before[core][0]) / (total - before[core][1])
+            fractions[core] = min(max(share, 0.0), 1.0)
     return fractions
 
 

@@ -12,7 +12,17 @@ from targets.errors import DeviceLostError, OptionError, RuntimeMissingError, Ti
 from targets.remote import Workspace
 from targets.worker_process import WORKER_FILE, run_worker
 
-__all__ = ["ACCELERATORS", "BenchmarkModelRunner", "PerfTestRunner", "PythonRunner", "Runner", "RunnerRow", "Workload"]
+__all__ = [
+    "ACCELERATORS",
+    "BENCHMARK_MODEL",
+    "PERF_TEST",
+    "PythonRunner",
+    "Runner",
+    "RunnerRow",
+    "Tool",
+    "ToolRunner",
+    "Workload",
+]
 
 ACCELERATORS = ("cpu", "gpu", "nnapi")
 _PROBE_RUNS = 3
@@ -146,22 +156,50 @@ class PythonRunner:
             raise
 
 
-class _ToolRunner:
-    """What the two command-line tools share: one process for each file and restart, in A B B A order."""
+@dataclass(frozen=True)
+class Tool:
+    """A command-line tool that the user has built for the device.
 
-    runtime: str
+    Attributes:
+        name: Its name, also that of the runtime in the row.
+        format: Format of the files that it runs.
+        variable: Environment variable that names the file.
+        command: Makes the command out of the program, the model and a folder on the device, and the workload.
+        read: Adds the figures of one process's output to a row; raises `ParseError`.
+    """
+
+    name: str
     format: str
+    variable: str
+    command: Callable[[str, str, str, Workload], list[str]]
+    read: Callable[[str, RunnerRow], None]
 
-    def __init__(
-        self, *, binary: str | Path | None, variable: str, tool: str, libraries: Sequence[str | Path] = ()
-    ) -> None:
-        found = binary or os.environ.get(variable)
+
+class ToolRunner:
+    """Runs a tool once for each file and restart, in A B B A order.
+
+    The tools print statistics, not single runs, so each process gives one sample: its median, or its mean where the
+    version prints no median.
+
+    Args:
+        tool: `BENCHMARK_MODEL` or `PERF_TEST`.
+        binary: The file; else the tool's environment variable names it.
+        libraries: Shared libraries that it needs beside it.
+
+    Raises:
+        RuntimeMissingError: If there is no such file.
+    """
+
+    def __init__(self, tool: Tool, *, binary: str | Path | None = None, libraries: Sequence[str | Path] = ()) -> None:
+        found = binary or os.environ.get(tool.variable)
         if not found:
-            raise RuntimeMissingError(
-                f"no {tool} for the device was given", hint=f"set {variable} to the file, or give the option binary"
-            )
+            hint = f"set {tool.variable} to the file, or give the option binary"
+            raise RuntimeMissingError(f"no {tool.name} for the device was given", hint=hint)
         if not Path(found).is_file():
-            raise RuntimeMissingError(f"no {tool} at {found}", hint=f"check {variable} or the option binary")
+            hint = f"check {tool.variable} or the option binary"
+            raise RuntimeMissingError(f"no {tool.name} at {found}", hint=hint)
+        self.runtime = tool.name
+        self.format = tool.format
         self._tool = tool
         self._binary = Path(found)
         self._libraries = [Path(library) for library in libraries]
@@ -169,107 +207,71 @@ class _ToolRunner:
 
     def prepare(self, space: Workspace) -> None:
         """Sends the tool and its shared libraries."""
-        self._program = space.put(self._binary, self._tool, executable=True)
+        self._program = space.put(self._binary, self._tool.name, executable=True)
         for library in self._libraries:
             space.put(library, library.name)
 
-    def command(self, file: str, folder: str, work: Workload) -> list[str]:
-        """Returns the tool's own part of the command."""
-        raise NotImplementedError
-
-    def read(self, output: str, row: RunnerRow) -> None:
-        """Adds one process's figures to the row."""
-        raise NotImplementedError
-
     def run(self, space: Workspace, files: Sequence[str], work: Workload) -> list[RunnerRow]:
-        """Runs the tool once for each file and restart; each process gives one sample."""
+        """Times the files; see `Runner.run`."""
         rows = [RunnerRow(pinned_cores=work.cores) for _ in files]
         done = 0
         for restart in range(work.restarts):
             order = list(range(len(files)))
             for index in order if restart % 2 == 0 else reversed(order):
                 time.sleep(work.cooldown_s if done else 0.0)
-                argv = ["env", f"LD_LIBRARY_PATH={space.folder}", *self.command(files[index], space.folder, work)]
+                command = self._tool.command(self._program, files[index], space.folder, work)
+                argv = ["env", f"LD_LIBRARY_PATH={space.folder}", *command]
                 if work.cores:
                     argv = ["taskset", f"{sum(1 << core for core in set(work.cores)):x}", *argv]
                 reply = space.remote.shell(argv, timeout_s=work.timeout_s)
                 if reply.code != 0:
                     says = (reply.stderr or reply.stdout).strip()[-300:]
-                    raise WorkerError(f"{self._tool} on {space.remote.id} ended with status {reply.code}: {says}")
+                    raise WorkerError(f"{self._tool.name} on {space.remote.id} ended with status {reply.code}: {says}")
                 # The tools write to either stream, by version; a line end keeps the two apart.
-                self.read(f"{reply.stdout}\n{reply.stderr}\n", rows[index])
+                self._tool.read(f"{reply.stdout}\n{reply.stderr}\n", rows[index])
                 done += work.runs
                 work.on_done(done)
         return rows
 
 
-class BenchmarkModelRunner(_ToolRunner):
-    """TFLite's `benchmark_model`, built for the device and given by the user.
+def _benchmark_model_command(program: str, file: str, folder: str, work: Workload) -> list[str]:
+    chosen: Mapping[str, str] = {"cpu": "--use_xnnpack=true", "gpu": "--use_gpu=true", "nnapi": "--use_nnapi=true"}
+    return [
+        program, f"--graph={file}", f"--num_threads={work.threads}", f"--num_runs={work.runs}",
+        f"--warmup_runs={max(work.warmup, 1)}", "--min_secs=0", "--warmup_min_secs=0",
+        f"--max_secs={work.timeout_s:.0f}", chosen[work.accelerator],
+    ]  # fmt: skip
 
-    It prints statistics, not single runs, so each process gives one sample: its median, or its mean where the version
-    prints no median.
 
-    Args:
-        binary: The tool; else ``LAYERFOLD_BENCHMARK_MODEL`` names it.
-        libraries: Shared libraries that it needs beside it.
-    """
+def _read_benchmark_model(output: str, row: RunnerRow) -> None:
+    found = parsers.benchmark_model(output)
+    row.samples_ms.append([found.median_ms or found.avg_ms])
+    row.init_ms = found.init_ms if row.init_ms is None else min(row.init_ms, found.init_ms)
+    row.actual_accelerator = found.accelerator
+    row.peak_memory_mb = max(filter(None, (row.peak_memory_mb, found.peak_memory_mb)), default=None)
+    for name in ("min_ms", "max_ms", "std_ms"):
+        if (value := getattr(found, name)) is not None:
+            row.counters[f"last_process_{name}"] = value
 
-    runtime, format = "benchmark_model", "tflite"
 
-    def __init__(self, *, binary: str | Path | None = None, libraries: Sequence[str | Path] = ()) -> None:
-        super().__init__(
-            binary=binary, variable="LAYERFOLD_BENCHMARK_MODEL", tool="benchmark_model", libraries=libraries
-        )
+def _perf_test_command(program: str, file: str, folder: str, work: Workload) -> list[str]:
+    if work.accelerator == "gpu":
+        raise OptionError("onnxruntime_perf_test has no GPU on phones", hint="use nnapi or cpu")
+    return [
+        program, "-e", work.accelerator, "-m", "times", "-r", str(work.runs), "-x", str(work.threads), "-y", "1",
+        "-I", "-s", file, f"{folder}/result.csv",
+    ]  # fmt: skip
 
-    def command(self, file: str, folder: str, work: Workload) -> list[str]:
-        """Returns the command for one process."""
-        chosen: Mapping[str, str] = {"cpu": "--use_xnnpack=true", "gpu": "--use_gpu=true", "nnapi": "--use_nnapi=true"}
-        return [
-            self._program, f"--graph={file}", f"--num_threads={work.threads}", f"--num_runs={work.runs}",
-            f"--warmup_runs={max(work.warmup, 1)}", "--min_secs=0", "--warmup_min_secs=0",
-            f"--max_secs={work.timeout_s:.0f}", chosen[work.accelerator],
-        ]  # fmt: skip
 
-    def read(self, output: str, row: RunnerRow) -> None:
-        """Adds one process's figures to the row."""
-        found = parsers.benchmark_model(output)
-        row.samples_ms.append([found.median_ms or found.avg_ms])
+def _read_perf_test(output: str, row: RunnerRow) -> None:
+    found = parsers.perf_test(output)
+    row.samples_ms.append([found.p50_ms or found.avg_ms])
+    if found.init_ms is not None:
         row.init_ms = found.init_ms if row.init_ms is None else min(row.init_ms, found.init_ms)
-        row.actual_accelerator = found.accelerator
-        row.peak_memory_mb = max(filter(None, (row.peak_memory_mb, found.peak_memory_mb)), default=None)
-        for name in ("min_ms", "max_ms", "std_ms"):
-            if (value := getattr(found, name)) is not None:
-                row.counters[f"last_process_{name}"] = value
+    row.peak_memory_mb = max(filter(None, (row.peak_memory_mb, found.peak_memory_mb)), default=None)
 
 
-class PerfTestRunner(_ToolRunner):
-    """ONNX Runtime's `onnxruntime_perf_test`, built for the device and given by the user.
-
-    Args:
-        binary: The tool; else ``LAYERFOLD_ORT_PERF_TEST`` names it.
-        libraries: Shared libraries that it needs beside it, such as libonnxruntime.so.
-    """
-
-    runtime, format = "onnxruntime_perf_test", "onnx"
-
-    def __init__(self, *, binary: str | Path | None = None, libraries: Sequence[str | Path] = ()) -> None:
-        super().__init__(
-            binary=binary, variable="LAYERFOLD_ORT_PERF_TEST", tool="onnxruntime_perf_test", libraries=libraries
-        )
-
-    def command(self, file: str, folder: str, work: Workload) -> list[str]:
-        """Returns the command for one process."""
-        if work.accelerator == "gpu":
-            raise OptionError("onnxruntime_perf_test has no GPU on phones", hint="use nnapi or cpu")
-        return [
-            self._program, "-e", work.accelerator, "-m", "times", "-r", str(work.runs), "-x", str(work.threads),
-            "-y", "1", "-I", "-s", file, f"{folder}/result.csv",
-        ]  # fmt: skip
-
-    def read(self, output: str, row: RunnerRow) -> None:
-        """Adds one process's figures to the row."""
-        found = parsers.perf_test(output)
-        row.samples_ms.append([found.p50_ms or found.avg_ms])
-        if found.init_ms is not None:
-            row.init_ms = found.init_ms if row.init_ms is None else min(row.init_ms, found.init_ms)
-        row.peak_memory_mb = max(filter(None, (row.peak_memory_mb, found.peak_memory_mb)), default=None)
+BENCHMARK_MODEL = Tool(
+    "benchmark_model", "tflite", "LAYERFOLD_BENCHMARK_MODEL", _benchmark_model_command, _read_benchmark_model
+)
+PERF_TEST = Tool("onnxruntime_perf_test", "onnx", "LAYERFOLD_ORT_PERF_TEST", _perf_test_command, _read_perf_test)
