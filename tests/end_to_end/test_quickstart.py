@@ -100,7 +100,15 @@ def test_fold_and_export_work_without_a_recipe(finished: Path, layerfold, tmp_pa
 def _start(cwd: Path) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "layerfold", *QUICK, "--out", "runs/killed"]
     command += ["--set", "bench.targets=[host-ort]", "--set", "bench.runs=2"]
-    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command,
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # A background job of a shell ignores SIGINT and its children inherit that; a terminal's do not.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def _until(process: "subprocess.Popen[str]", stage: Path, marker: str) -> Iterator[None]:
