@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from pipeline.errors import FoldError, UnitError
 from pipeline.folding.algebra import AffineConv
-from pipeline.folding.fold import fold
+from pipeline.folding.fold import FoldResult, Segment, fold
 from pipeline.folding.geometry import Axis
 from pipeline.folding.layers import conv_of
 from pipeline.folding.modules import as_module
@@ -25,7 +25,7 @@ from pipeline.folding.trace import shape_of
 from pipeline.folding.units import linearise
 from pipeline.folding.walk import Images, Walk, as_batches, run
 
-__all__ = ["ClosedFormResult", "UnitFit", "closed_form_fold"]
+__all__ = ["ClosedFormResult", "FitOptions", "UnitFit", "closed_form_fold", "fit_unit", "unit_places"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class UnitFit:
     """How one unit was fitted.
 
     Args:
-        name: The unit.
+        unit: Its name; of several joined by " + " where they became one convolution together.
         kernel: Taps (rows, cols) chosen.
         residual: Mean squared error over the variance of the teacher's output, on images not fitted to.
         macs_before: Multiply-accumulates of the unit's layers for one image.
@@ -41,12 +41,25 @@ class UnitFit:
         tried: Held-out residual of every kernel size tried.
     """
 
-    name: str
+    unit: str
     kernel: tuple[int, int]
     residual: float
     macs_before: int
     macs_after: int
     tried: dict[int, float]
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """Options of one unit's fit; see `closed_form_fold`."""
+
+    ridge: float = 1e-3
+    kernels: tuple[int, ...] = (1, 3, 5)
+    max_macs_ratio: float = 1.0
+    tolerance: float = 0.05
+    held_out: int = 5
+    samples: int = 60
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -117,41 +130,58 @@ def closed_form_fold(
     teacher = fold(model, example, units=[]).model
     folded = fold(linearise(model, names), example, units=names)
     student = folded.model
-    segments = {segment.name: segment for segment in folded.segments if segment.windows > 1}
     walk = Walk(teacher, student, batches, cache_bytes=cache_mb << 20)
-    places = {node.target: index for index, (_, node) in enumerate(walk.pairs)}
-    missing = [name for name in segments if name not in places]
-    if missing or len(segments) < len(names):
-        known = ", ".join(segments) or "none"
-        raise UnitError(
-            f"of the units {', '.join(names)} only {known} became one convolution each that can be fitted",
-            hint="name units that are blocks of their own; `find_units` lists them",
-        )
+    places = unit_places(walk, folded, names)
+    options = FitOptions(ridge, tuple(kernels), max_macs_ratio, tolerance, held_out, samples, seed)
     fits: list[UnitFit] = []
     refitted: list[str] = []
     for index in range(1, len(walk.pairs)):
-        name = str(walk.pairs[index][1].target)
-        if name in segments:
+        if index in places:
             walk.advance(index - 1)
-            conv = conv_of(student.get_submodule(name), segments[name].in_channels)
-            assert conv is not None, "fold writes convolutions that it can read"
-            budget = max_macs_ratio * segments[name].macs_before
-            windows = _windows(conv, kernels, budget, _size(walk, index - 1))
-            sums, control = _accumulate(walk, index, windows[-1], samples, held_out, seed)
-            fitted, tried = _choose(sums, control, windows, ridge, tolerance)
-            _replace(student, name, fitted)
+            fitted, fit = fit_unit(walk, index, places[index], options)
+            _replace(student, places[index].name, fitted)
             walk.alike = False
-            after = fitted.spec.macs(*_size(walk, index - 1))
-            residual = tried[fitted.spec.rows.kernel]
-            fits.append(UnitFit(name, fitted.spec.kernel, residual, segments[name].macs_before, after, tried))
-        elif (
-            refit != "none"
-            and fits
-            and any(isinstance(module, nn.Conv2d) for _, module, _ in walk.between(index - 1, index))
-        ):
+            fits.append(fit)
+        elif refit != "none" and fits and walk.has_convolution(index - 1, index):
             walk.advance(index - 1)
             refitted += refit_between(walk, index, refit, ridge=refit_ridge, samples=samples, seed=seed)
     return ClosedFormResult(student, tuple(fits), tuple(refitted))
+
+
+def unit_places(walk: Walk, folded: FoldResult, names: Collection[str]) -> dict[int, Segment]:
+    """Where in a walk each unit's convolution is: the index of its output among the walk's cuts.
+
+    Raises:
+        UnitError: A unit did not become one convolution between two cuts.
+    """
+    segments = {segment.name: segment for segment in folded.segments if segment.units}
+    places = {
+        index: segments[str(node.target)]
+        for index, (_, node) in enumerate(walk.pairs)
+        if str(node.target) in segments and index and node.all_input_nodes[0] is walk.pairs[index - 1][1]
+    }
+    missing = set(names).difference(*(segment.units for segment in places.values()))
+    if missing:
+        reasons = [f"{', '.join(skip.names)}: {skip.reason}" for skip in folded.skipped]
+        raise UnitError(
+            f"{', '.join(sorted(missing))} did not become one convolution between two values through which all "
+            f"else passes" + "".join(f"; {reason}" for reason in reasons),
+            hint="name foldable units; `find_units` lists them",
+        )
+    return places
+
+
+def fit_unit(walk: Walk, index: int, segment: Segment, options: FitOptions) -> tuple[AffineConv, UnitFit]:
+    """Fits one unit, whose output is the walk's cut `index`, on the values at the cut before it."""
+    conv = conv_of(walk.student.get_submodule(segment.name), segment.in_channels)
+    assert conv is not None, "fold writes convolutions that it can read"
+    size = _size(walk, index - 1)
+    windows = _windows(conv, options.kernels, options.max_macs_ratio * segment.macs_before, size)
+    sums, control = _accumulate(walk, index, windows[-1], options)
+    fitted, tried = _choose(sums, control, windows, options)
+    kernel = fitted.spec.kernel
+    after = fitted.spec.macs(*size)
+    return fitted, UnitFit(" + ".join(segment.units), kernel, tried[kernel[0]], segment.macs_before, after, tried)
 
 
 def _size(walk: Walk, index: int) -> tuple[int, int]:
@@ -193,34 +223,31 @@ def _resized(axis: Axis, kernel: int) -> Axis:
     return resized
 
 
-def _accumulate(
-    walk: Walk, index: int, window: Window, samples: int, held_out: int, seed: int
-) -> tuple[NormalEquations, NormalEquations]:
+def _accumulate(walk: Walk, index: int, window: Window, options: FitOptions) -> tuple[NormalEquations, NormalEquations]:
     """Sums over the images to fit to, and over those kept for the residual."""
-    positions = max(-(-samples * window.unknowns // walk.images), 1)
-    sums, control = (NormalEquations(window, positions=positions, seed=seed + part) for part in (0, 1))
-    (from_teacher, from_student), (to_teacher, to_student) = walk.pairs[index - 1], walk.pairs[index]
-    assert to_student.all_input_nodes[0] is from_student, "a unit starts at a cut"
+    positions = max(-(-options.samples * window.unknowns // walk.images), 1)
+    sums, control = (NormalEquations(window, positions=positions, seed=options.seed + part) for part in (0, 1))
+    from_teacher, to_teacher = walk.pairs[index - 1][0], walk.pairs[index][0]
     for number, (of_teacher, of_student) in enumerate(walk.batches(), start=1):
         with torch.no_grad():
             target = run(walk.teacher, from_teacher, to_teacher, of_teacher)[to_teacher]
-        (sums if number % held_out else control).add(of_student, target)
+        (sums if number % options.held_out else control).add(of_student, target)
     return sums, control if control.count else sums
 
 
 def _choose(
-    sums: NormalEquations, control: NormalEquations, windows: list[Window], ridge: float, tolerance: float
+    sums: NormalEquations, control: NormalEquations, windows: list[Window], options: FitOptions
 ) -> tuple[AffineConv, dict[int, float]]:
     """Solves for every window and takes the smallest that is nearly the best on images not fitted to."""
     solved = {}
     for window in windows:
         prior = _prior(window)
-        candidate = sums.solve(ridge, prior=prior, window=window)
+        candidate = sums.solve(options.ridge, prior=prior, window=window)
         solved[window.rows.kernel] = control.residual(candidate), window, prior
     best = min(residual for residual, _, _ in solved.values())
-    _, window, prior = next(row for row in solved.values() if row[0] <= best * (1 + tolerance))
+    _, window, prior = next(row for row in solved.values() if row[0] <= best * (1 + options.tolerance) + 1e-12)
     everything = sums if control is sums else sums.merged(control)
-    fitted = everything.solve(ridge, prior=prior, window=window)
+    fitted = everything.solve(options.ridge, prior=prior, window=window)
     return fitted, {kernel: residual for kernel, (residual, _, _) in solved.items()}
 
 

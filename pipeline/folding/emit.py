@@ -40,6 +40,7 @@ class Segment:
         macs_after: The same of the new layer.
         border: "exact" if the new layer equals the old ones everywhere, "bias map" if it does through the map
             kept for that, "approximate" if it differs near the image's border.
+        units: The named units whose layers, or whose neighbours, it merges; none where only norms were fused.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Segment:
     macs_before: int
     macs_after: int
     border: str
+    units: tuple[str, ...]
 
 
 def emit(pieces: Iterable[Piece], traced: fx.GraphModule, rules: Rules) -> list[Segment]:
@@ -202,4 +204,16 @@ def _segment(
         before,
         spec.macs(*rules.size(piece.entry)),
         border,
+        _units(piece, rules) if len(windows) > 1 else (),
+    )
+
+
+def _units(piece: Piece, rules: Rules) -> tuple[str, ...]:
+    """Named units with two layers in the piece, and named activations that went inside it."""
+    windows = [module_path(node) for node in piece.nodes if rules.layers[node].is_window]
+    idle = {module_path(node) for node in piece.nodes if rules.layers[node].is_identity}
+    return tuple(
+        unit
+        for unit in rules.units or ()
+        if unit in idle or sum(f"{path}.".startswith(f"{unit}.") for path in windows) > 1
     )

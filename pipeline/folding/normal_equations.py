@@ -175,7 +175,7 @@ class NormalEquations:
         variance = self.sum_yy / self.count - mean_y.square()
         error = variance + offset.square()
         error += (weight * (gram @ weight)).sum(0) - 2 * (weight * cross).sum(0)
-        return float(error.sum() / variance.sum())
+        return max(float(error.sum() / variance.sum()), 0.0)
 
     def _centred(self, window: Window) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Covariances per pixel XᵀX and XᵀY, and means of X and Y, for a window inside this one."""

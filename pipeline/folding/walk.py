@@ -200,3 +200,7 @@ class Walk:
             if node is last:
                 break
         return found
+
+    def has_convolution(self, start: int, stop: int) -> bool:
+        """Whether the student has a convolution between two cuts."""
+        return any(isinstance(module, nn.Conv2d) for _, module, _ in self.between(start, stop))

@@ -89,7 +89,7 @@ def _closed_form(
         batch_size=_CLOSED_FORM_BATCH,
         seed=recipe.seed,
     )
-    fits = {fit.name: {"kernel": list(fit.kernel), "residual": fit.residual} for fit in result.units}
+    fits = {fit.unit: {"kernel": list(fit.kernel), "residual": fit.residual} for fit in result.units}
     return result.model, dict.fromkeys(names, 1.0), {"fits": fits, "refitted": list(result.refitted)}
 
 

@@ -1,0 +1,154 @@
+"""What each unit costs: how far the network's predictions move when one unit alone is folded.
+
+One pass through the teacher serves all units: at each unit its input is at hand, and only the layers behind the unit
+are run again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pipeline.folding.closed_form import FitOptions, fit_unit, unit_places
+from pipeline.folding.closeness import Closeness, Comparison
+from pipeline.folding.fold import fold
+from pipeline.folding.modules import as_module
+from pipeline.folding.units import find_units, linearise
+from pipeline.folding.walk import Images, Walk, as_batches, run
+
+__all__ = ["Sensitivity", "plot", "scan", "table"]
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What folding one unit alone does.
+
+    Args:
+        unit: Its name.
+        kind: Its kind (`Unit.kind`).
+        linear: Closeness to the teacher with the unit's activations taken away, nothing else changed.
+        closed_form: Closeness with the unit folded by least squares.
+        kernel: Taps of the fitted kernel, (rows, cols).
+        residual: Mean squared error of the fit over the variance, on images not fitted to.
+        macs_before: Multiply-accumulates of the unit.
+        macs_after: Of the convolution.
+    """
+
+    unit: str
+    kind: str
+    linear: Closeness
+    closed_form: Closeness
+    kernel: tuple[int, int]
+    residual: float
+    macs_before: int
+    macs_after: int
+
+    def as_dict(self) -> dict[str, object]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+
+def scan(
+    model: nn.Module,
+    images: Images,
+    selection: Images,
+    *,
+    units: Collection[str] | None = None,
+    options: FitOptions | None = None,
+    batch_size: int = 32,
+    cache_mb: int = 1024,
+) -> list[Sensitivity]:
+    """Folds every unit alone, twice: by taking its activations away, and by least squares.
+
+    Args:
+        model: The teacher; not changed.
+        images: What to fit to.
+        selection: What to measure on: neither the images fitted to nor those reported on, else the choice made from
+            the scan flatters itself.
+        units: Names; every foldable unit where None.
+        options: Of the fits.
+        batch_size: Batches that a tensor of images is cut into.
+        cache_mb: Memory for values between passes, for each of the two sets of images.
+
+    Returns:
+        A row for each unit, in network order.
+    """
+    known = {unit.name: unit for unit in find_units(model)}
+    names = [name for name, unit in known.items() if (unit.foldable if units is None else name in units)]
+    fits, measured = (as_batches(part, batch_size) for part in (images, selection))
+    example = next(fits())[:1]
+    teacher = fold(model, example, units=[]).model
+    # The same graph with every unit linear but unmerged, and with every unit one convolution.
+    linear = fold(linearise(model, names), example, units=[]).model
+    folded = fold(linearise(model, names), example, units=names)
+    walk = Walk(teacher, folded.model, fits, cache_bytes=cache_mb << 20)
+    control = Walk(teacher, folded.model, measured, cache_bytes=cache_mb << 20)
+    ahead = Walk(teacher, linear, measured, cache_bytes=0)
+    rows = []
+    for index, segment in unit_places(walk, folded, names).items():
+        walk.advance(index - 1)
+        control.advance(index - 1)
+        fitted, fit = fit_unit(walk, index, segment, options or FitOptions())
+        like = next(model.parameters())
+        conv = as_module(fitted, dtype=like.dtype, device=like.device)
+        start, stop, last = walk.pairs[index - 1][0], walk.pairs[index][0], walk.pairs[-1][0]
+        lines = dict(ahead.pairs)
+        straight, closed = Comparison(), Comparison()
+        with torch.no_grad():
+            for value, _ in control.batches():
+                truth = run(teacher, start, last, value)[last]
+                bent = run(linear, lines[start], lines[stop], value)[lines[stop]]
+                straight.add(truth, run(teacher, stop, last, bent)[last])
+                closed.add(truth, run(teacher, stop, last, conv(value))[last])
+        rows.append(
+            Sensitivity(
+                fit.unit,
+                known[segment.units[0]].kind,
+                straight.result(),
+                closed.result(),
+                fit.kernel,
+                fit.residual,
+                fit.macs_before,
+                fit.macs_after,
+            )
+        )
+    return rows
+
+
+def table(rows: Sequence[Sensitivity]) -> str:
+    """The scan as a Markdown table."""
+    heads = ["unit", "kind", "kernel", "MACs ratio", "residual"]
+    heads += ["agreement, linear", "KL, linear", "agreement, fitted", "KL, fitted"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for row in rows:
+        lines.append(
+            f"| {row.unit} | {row.kind} | {row.kernel[0]}×{row.kernel[1]} | {row.macs_after / row.macs_before:.2f} "
+            f"| {row.residual:.3f} | {row.linear.agreement:.3f} | {row.linear.kl:.3f} "
+            f"| {row.closed_form.agreement:.3f} | {row.closed_form.kl:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(rows: Sequence[Sensitivity], path: Path) -> None:
+    """Writes a picture of the scan: agreement of every unit, linear and fitted, in network order.
+
+    Args:
+        rows: What `scan` returns.
+        path: A file whose suffix matplotlib knows (.png, .svg, .pdf).
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(max(4.0, 0.5 * len(rows) + 1.5), 3.2), layout="constrained")
+    axes = figure.add_subplot()
+    at = range(len(rows))
+    axes.bar([x - 0.2 for x in at], [row.linear.agreement for row in rows], 0.4, label="activations taken away")
+    axes.bar([x + 0.2 for x in at], [row.closed_form.agreement for row in rows], 0.4, label="folded by least squares")
+    axes.set_xticks(list(at), [row.unit for row in rows], rotation=60, ha="right")
+    axes.set_ylabel("agreement with the teacher")
+    axes.set_ylim(0, 1)
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=120)
