@@ -8,8 +8,7 @@ The process ends when standard input closes, so that a worker never outlives the
 Request: ``runtime`` ("litert" or "ort"), ``models`` (paths), ``threads``, ``cores`` (list or null), ``warmup``,
 ``runs``, ``seed``, ``probe`` (also measure the memory of the one model), ``marker`` (number of a system call that
 brackets each timed run for an instruction counter, or null), ``watch`` (false starts no thread that waits for standard
-input to close), ``outputs`` (path prefix to write raw outputs to, or null). Replies: ``ready``, ``progress``,
-``result``, or ``error`` with the name of a class of `targets.errors`.
+input to close). Replies: ``ready``, ``progress``, ``result``, or ``error``, which names a class of `targets.errors`.
 """
 
 from __future__ import annotations
@@ -19,20 +18,19 @@ import gc
 import hashlib
 import importlib
 import json
+import math
 import os
 import random
 import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Callable, Sequence  # noqa: UP035 - Python 3.8
 
 MARK_BEGIN, MARK_END = 1, 2
 PROGRESS_INTERVAL_S = 0.2
-_ORT_TYPES = {
-    "tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64",
-    "tensor(int8)": "int8", "tensor(uint8)": "uint8", "tensor(int32)": "int32", "tensor(int64)": "int64",
-}  # fmt: skip
+_ORT_TYPES = {"float": "float32", "double": "float64"}
 
 
 class Refused(Exception):
@@ -107,10 +105,13 @@ class OrtModel:
         # Binding the buffers once keeps Python's conversions out of the timed call.
         self._binding = self.session.io_binding()
         for item in self.session.get_inputs():
-            if item.type not in _ORT_TYPES:
-                raise Refused("ModelFileError", f"{path}: input {item.name} has type {item.type}")
+            kind = item.type[len("tensor(") : -1]
             shape = [size if isinstance(size, int) and size > 0 else 1 for size in item.shape]
-            self._binding.bind_cpu_input(item.name, fixed_input(shape, _ORT_TYPES[item.type], seed))
+            try:
+                value = fixed_input(shape, _ORT_TYPES.get(kind, kind), seed)
+            except TypeError as error:
+                raise Refused("ModelFileError", f"{path}: input {item.name} has type {item.type}") from error
+            self._binding.bind_cpu_input(item.name, value)
         for item in self.session.get_outputs():
             self._binding.bind_output(item.name, "cpu")
 
@@ -123,13 +124,6 @@ class OrtModel:
         return b"".join(array.tobytes() for array in self._binding.copy_outputs_to_cpu())
 
 
-class Nothing:
-    """Stands in for a model to find the cost of the brackets around a run."""
-
-    def run(self) -> None:
-        """Does nothing."""
-
-
 def fixed_input(shape: Sequence[int], dtype: Any, seed: int) -> Any:
     """Makes the same input for a (shape, type, seed) on every machine and NumPy version.
 
@@ -137,11 +131,9 @@ def fixed_input(shape: Sequence[int], dtype: Any, seed: int) -> Any:
     """
     import numpy as np
 
-    count = 1
-    for size in shape:
-        count *= int(size)
+    count = max(math.prod(shape), 1)
     # random.Random's stream is fixed by the language; NumPy's generators may change between versions.
-    raw = np.frombuffer(random.Random(seed).getrandbits(8 * max(count, 1)).to_bytes(max(count, 1), "little"), "uint8")
+    raw = np.frombuffer(random.Random(seed).getrandbits(8 * count).to_bytes(count, "little"), "uint8")
     kind = np.dtype(dtype)
     if kind.kind == "f":
         return ((raw.astype("float32") - 127.5) / 127.5).astype(kind).reshape(shape)
@@ -156,10 +148,7 @@ def memory_kb(field: str) -> int | None:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
         return None
-    for line in lines:
-        if line.startswith(field + ":"):
-            return int(line.split()[1])
-    return None
+    return next((int(line.split()[1]) for line in lines if line.startswith(f"{field}:")), None)
 
 
 def reset_peak_memory() -> bool:
@@ -173,15 +162,13 @@ def reset_peak_memory() -> bool:
 
 def pin(cores: Sequence[int] | None) -> list[int]:
     """Confines the process to `cores` and returns those it really has."""
-    if not hasattr(os, "sched_setaffinity"):
+    if not cores or not hasattr(os, "sched_setaffinity"):
         return []
-    if cores:
-        try:
-            os.sched_setaffinity(0, cores)
-        except OSError as error:
-            raise Refused("OptionError", f"cannot pin to cores {cores}: {error}") from error
-        return sorted(os.sched_getaffinity(0))
-    return []
+    try:
+        os.sched_setaffinity(0, cores)
+    except OSError as error:
+        raise Refused("OptionError", f"cannot pin to cores {cores}: {error}") from error
+    return sorted(os.sched_getaffinity(0))
 
 
 def marker_call(number: int | None) -> Callable[[int, int], None]:
@@ -198,11 +185,7 @@ def marker_call(number: int | None) -> Callable[[int, int], None]:
 
 
 def time_interleaved(
-    models: Sequence[Any],
-    warmup: int,
-    runs: int,
-    mark: Callable[[int, int], None],
-    on_done: Callable[[int], None],
+    models: Sequence[Any], warmup: int, runs: int, mark: Callable[[int, int], None], on_done: Callable[[int], None]
 ) -> tuple[list[list[float]], list[list[float]]]:
     """Times `runs` inferences of each model in the order A B B A, so that a drift falls on all alike.
 
@@ -239,11 +222,9 @@ def time_interleaved(
 def serve(request: dict[str, Any], reply: Callable[[dict[str, Any]], None]) -> None:
     """Carries out one request."""
     cores = pin(request.get("cores"))
-    makers: dict[str, Any] = {"litert": LiteRtModel, "ort": OrtModel}
-    maker = makers[request["runtime"]]
-    probe = request.get("probe", False)
+    maker: Any = {"litert": LiteRtModel, "ort": OrtModel}[request["runtime"]]
     before_kb = None
-    if probe:
+    if request.get("probe"):
         # Load the libraries first: their memory is the runtime's, not the model's.
         load_runtime(request["runtime"])
         if reset_peak_memory():
@@ -262,14 +243,12 @@ def serve(request: dict[str, Any], reply: Callable[[dict[str, Any]], None]) -> N
     samples, cpu_samples = time_interleaved(models, request["warmup"], request["runs"], mark, on_done)
     if request.get("marker") is not None:
         # What the brackets themselves cost, counted under the number after the last model's.
-        empty = len(models)
-        time_interleaved([Nothing()], 1, request["runs"], lambda phase, _: mark(phase, empty), lambda done: None)
+        nothing = SimpleNamespace(run=lambda: None)
+        time_interleaved([nothing], 1, request["runs"], lambda phase, _: mark(phase, len(models)), lambda done: None)
     peak_kb = memory_kb("VmHWM")
     rows = []
     for index, model in enumerate(models):
         output = model.output_bytes()
-        if request.get("outputs"):
-            Path("{}{}.bin".format(request["outputs"], index)).write_bytes(output)
         rows.append(
             {
                 "init_ms": model.init_ms,
