@@ -146,6 +146,7 @@ class FitResult:
         model: The network that was given, trained in place, in evaluation mode.
         history: One row an epoch (`epoch`, `step`, `loss`, `lr`, `alphas`, `evaluation`) and one for each event
             (`event`, `step`, …), in order of time, earlier runs of a resumed fine-tuning included.
+        alpha_trace: α at up to 200 evenly spaced steps (`step`, `alphas`); empty without α.
         final: The last evaluation, where an evaluation split was given.
         steps: Optimiser steps done.
         resumed_at: Step of the checkpoint that was continued; None for a fresh start.
@@ -153,6 +154,7 @@ class FitResult:
 
     model: nn.Module
     history: list[dict[str, Any]]
+    alpha_trace: list[dict[str, Any]]
     final: Evaluation | None
     steps: int
     resumed_at: int | None

@@ -162,7 +162,7 @@ class _Fit:
         final = self.scorer.score(model)
         model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         self._tell("", force=True)
-        return FitResult(model.eval(), self.state.history, final, self.state.step, resumed_at)
+        return FitResult(model.eval(), self.state.history, self.state.alpha_trace, final, self.state.step, resumed_at)
 
     def _begin(self) -> int | None:
         """Loads the last checkpoint, or writes the first one; returns the step to go on from, if any."""

@@ -27,6 +27,7 @@ class TrainState:
         step: Optimiser steps done.
         rate_scale: 1, halved for each return after a non-finite loss.
         history: See FitResult.
+        alpha_trace: See FitResult.
         loss_sum: Sum of the losses of the running epoch.
         best: Best score so far, for early stopping.
         best_state: The weights that reached it.
@@ -42,13 +43,16 @@ class TrainState:
     step: int = 0
     rate_scale: float = 1.0
     history: list[dict[str, Any]] = field(default_factory=list)
+    alpha_trace: list[dict[str, Any]] = field(default_factory=list)
     loss_sum: float = 0.0
     best: float | None = None
     best_state: dict[str, torch.Tensor] | None = None
     stale: int = 0
     stopped: bool = False
 
-    _PLAIN = ("step", "rate_scale", "history", "loss_sum", "best", "best_state", "stale", "stopped")
+    _PLAIN = (
+        "step", "rate_scale", "history", "alpha_trace", "loss_sum", "best", "best_state", "stale", "stopped",
+    )  # fmt: skip
 
     def as_dict(self) -> dict[str, Any]:
         """A snapshot for `checkpoint.save`. Random states are no part of it: each step seeds its own."""

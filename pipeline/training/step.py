@@ -14,6 +14,8 @@ from pipeline.training.objective import Objective
 from pipeline.training.optimiser import set_rate
 from pipeline.training.state import TrainState
 
+_TRACE_POINTS = 200
+
 
 class Stepper:
     """Takes a network through one batch: schedule, loss, penalty, update, clamp, average.
@@ -40,6 +42,7 @@ class Stepper:
     ) -> None:
         self.state, self.objective, self.config, self.alpha = state, objective, config, alpha
         self.total_steps, self.warmup_steps, self.world = total_steps, warmup_steps, world
+        self._trace_every = -(-total_steps // _TRACE_POINTS)
         self._plain = objective.student
         self._training: tuple[bool, ...] | None = None
 
@@ -79,6 +82,8 @@ class Stepper:
         if state.average is not None:
             state.average.update(state.model)
         state.step += 1
+        if self.alpha is not None and state.step % self._trace_every == 0:
+            state.alpha_trace.append({"step": state.step, "alphas": alphas.values(state.model)})
         return total
 
     def _wrap_anew(self) -> None:

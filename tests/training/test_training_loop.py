@@ -82,6 +82,7 @@ def test_stopped_and_resumed_equals_unstopped_to_the_bit(variant: str, stops: tu
     assert resumed.resumed_at == stops[-1]
     assert same(whole.model, resumed.model)
     assert whole.history == resumed.history
+    assert whole.alpha_trace == resumed.alpha_trace and [p["step"] for p in whole.alpha_trace] == list(range(1, 9))
 
 
 def test_a_finished_fit_is_not_run_again(tmp_path: Path) -> None:
