@@ -131,8 +131,10 @@ def _split_units(
         inside = [
             node for node in traced.graph.nodes if node.op == "call_module" and str(node.target).startswith(f"{unit}.")
         ]
-        foreign = [str(node.target) for node in inside if node not in layers]
         windows = {node for node in inside if node in layers and layers[node].is_window}
+        # What follows the last window, as the activation after a residual sum does, parts no two of them.
+        last = max((place for place, node in enumerate(inside) if node in windows), default=0)
+        foreign = [str(node.target) for node in inside[:last] if node not in layers]
         in_one = any(windows <= set(piece.nodes) for cut in cuts for piece in cut.pieces)
         if foreign and len(windows) > 1 and not in_one:
             found.append(Skipped((unit,), f"{', '.join(foreign)} inside it is not linear"))
