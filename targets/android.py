@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from targets.adb import AdbRemote, attached, choose
 from targets.base import Device, Measurement, OnProgress
@@ -43,6 +43,8 @@ class AndroidTarget:
         OptionError: If an option has a value that makes no sense.
     """
 
+    further_options: ClassVar = tuple(RemoteSettings.__dataclass_fields__)
+
     def __init__(
         self,
         *,
@@ -65,7 +67,7 @@ class AndroidTarget:
         try:
             self.settings = RemoteSettings(**{**settings, "cores": tuple(settings.get("cores") or ())})
         except TypeError as error:
-            raise OptionError(f"target android: {error}", hint=f"it takes {_settings_names()}") from error
+            raise OptionError(f"target android: {error}", hint=f"it takes {', '.join(self.further_options)}") from error
 
     def device(self) -> Device:
         """Asks the device who it is."""
@@ -111,7 +113,3 @@ def make_runner(
     if runner == "python":
         return PythonRunner("ort" if onnx else "litert", python=python)
     return ToolRunner(PERF_TEST if onnx else BENCHMARK_MODEL, binary=binary, libraries=libraries)
-
-
-def _settings_names() -> str:
-    return ", ".join(RemoteSettings.__dataclass_fields__)

@@ -180,7 +180,8 @@ class Measurement:
             model=model,
             device=device,
             valid=False,
-            invalid_reason=str(error),
+            # One line, whatever a tool printed: the reason becomes a cell of a table.
+            invalid_reason=" ".join((f"{error.what}; fix: {error.hint}" if error.hint else error.what).split()),
             failure=type(error).__name__,
             timestamp=timestamp(),
             layerfold_version=layerfold_version(),
@@ -231,6 +232,9 @@ class Target(Protocol):
     Attributes:
         name: What `targets.get` calls it.
         formats: Formats of model files that it runs, out of ``tflite`` and ``onnx``.
+
+    A target may also have an attribute ``runs_here``: true means that it keeps this machine's processor busy, so that
+    such targets must take turns. Without it, it is taken to be a device of its own.
     """
 
     name: str

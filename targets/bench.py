@@ -1,13 +1,19 @@
-"""Runs several targets at once and turns what fails into rows."""
+"""Runs several targets and turns what fails into rows, so that one failing device never costs the others' rows."""
 
+import threading
+import traceback
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from targets.base import Device, Measurement, OnProgress, Target
-from targets.errors import TargetError
+from targets.errors import TargetError, UnexpectedError
 
 __all__ = ["collect"]
+
+
+class _Stopped(BaseException):
+    """Unwinds a benchmark in another thread, so that it cleans up as it would after Ctrl-C in the main one."""
 
 
 def collect(
@@ -22,37 +28,67 @@ def collect(
 ) -> dict[str, list[Measurement]]:
     """Benchmarks the files on every target; one that fails costs no other its rows.
 
-    Targets on different devices run at the same time. Give targets of one device (``host-litert`` and ``host-ort``)
-    to separate calls: side by side they would disturb each other.
+    Targets that compute on this machine (``runs_here``) take turns, since side by side they would disturb each other.
+    After them the devices run all at the same time.
 
     Args:
         targets: Name for the result to target; names are free, such as ``android:SERIAL``.
         paths: Model files; the first is the baseline of a comparison.
         warmup, runs, restarts, quick: As in `targets.base.Target.benchmark`.
-        on_progress: For each name, the function to call with (runs done, runs in all).
+        on_progress: For each name, the function to call with (runs done, runs in all); it may be called from another
+            thread.
 
     Returns:
         For each name one row a file, in order; a failed target has rows with `failure` set and no figure, so a caller
-        exits with an error if any row has one.
+        exits with an error if any row has one. Ctrl-C stops all targets, lets them clean up, and is raised then.
     """
+    stopping = threading.Event()
 
     def one(name: str) -> list[Measurement]:
-        try:
-            return targets[name].benchmark(
-                paths, warmup=warmup, runs=runs, restarts=restarts, quick=quick,
-                on_progress=(on_progress or {}).get(name),
-            )  # fmt: skip
-        except TargetError as error:
-            for note in getattr(error, "__notes__", ()):
-                error.what = f"{error.what} ({note})"
-            unknown = Device(id=name, kind="third-party", state="unknown")
-            return [
-                Measurement.from_failure(
-                    error, target=name, model=Path(path).name, device=unknown, warmup=warmup, runs=runs,
-                    restarts=restarts, quick=quick,
-                )
-                for path in paths
-            ]  # fmt: skip
+        report = (on_progress or {}).get(name)
 
-    with ThreadPoolExecutor(max_workers=max(len(targets), 1)) as pool:
-        return dict(zip(targets, pool.map(one, targets), strict=True))
+        def advance(done: int, total: int) -> None:
+            if stopping.is_set():
+                raise _Stopped
+            if report is not None:
+                report(done, total)
+
+        try:
+            rows = targets[name].benchmark(
+                paths, warmup=warmup, runs=runs, restarts=restarts, quick=quick, on_progress=advance
+            )
+            if len(rows) != len(paths):
+                raise UnexpectedError(f"target {name} gave {len(rows)} rows for {len(paths)} files")
+            return rows
+        except TargetError as error:
+            failure = error
+            for note in getattr(error, "__notes__", ()):
+                failure.what = f"{failure.what} ({note})"
+        except Exception as error:  # noqa: BLE001 - the mistake of one target must not cost the others their rows
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{Path(place.filename).name}:{place.lineno}"
+            failure = UnexpectedError(f"target {name} failed with {type(error).__name__}: {error} ({where})")
+        unknown = Device(id=name, kind="third-party", state="unknown")
+        return [
+            Measurement.from_failure(
+                failure, target=name, model=Path(path).name, device=unknown, warmup=warmup, runs=runs,
+                restarts=restarts, quick=quick,
+            )
+            for path in paths
+        ]  # fmt: skip
+
+    here = [name for name, target in targets.items() if getattr(target, "runs_here", False)]
+    away = [name for name in targets if name not in here]
+    found = {name: one(name) for name in here}
+    if len(away) < 2:
+        found |= {name: one(name) for name in away}
+    else:
+        with ThreadPoolExecutor(max_workers=len(away)) as pool:
+            futures = {name: pool.submit(one, name) for name in away}
+            try:
+                found |= {name: future.result() for name, future in futures.items()}
+            except BaseException:
+                # The pool waits for its threads; at their next sign of progress they end and clean their devices.
+                stopping.set()
+                raise
+    return {name: found[name] for name in targets}

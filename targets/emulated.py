@@ -84,6 +84,7 @@ class EmulatedTarget:
             raise OptionError(f"threads is {threads}, but emulated-arm64 counts one thread", hint="use threads=1")
         self.name = "emulated-arm64"
         self.formats: tuple[str, ...] = ("tflite", "onnx")
+        self.runs_here = True
         self._cache = cache
         self._folder = Path(folder) if folder is not None else None
         self._timeout_s = timeout_s

@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 
 import platformdirs
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from targets import debian_root
 from targets.errors import SetupError
@@ -24,7 +24,8 @@ from targets.model_file import sha256_of
 
 __all__ = ["EmulatedRoot", "find", "setup"]
 
-OnStep = Callable[[int, int, str], None]
+OnStep = Callable[[float, str], None]
+"""Called with the share of the work that is done, 0 to 1, and what comes next."""
 
 _SUITE = "bookworm"
 _GUEST_PACKAGES = ("libc6", "libgomp1", "libpython3.11-stdlib", "libstdc++6", "python3.11-minimal")
@@ -124,36 +125,55 @@ def setup(progress: OnStep | None = None, *, folder: Path | None = None) -> Emul
     """Builds the root, or finishes or repairs one that is there; about 300 MB, minutes the first time.
 
     Args:
-        progress: Called with (step, steps, what is being done).
+        progress: Called before each step and at the end.
         folder: Where to build; the user's cache if `None`.
 
     Raises:
         SetupError: If a step fails; the next call goes on from there.
     """
     folder = (folder or default_folder()).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    steps: list[tuple[str, Callable[[Path], None]]] = [
-        ("guest", _guest),
-        ("qemu", _qemu),
-        ("wheels", _wheels),
-        ("processor", _processor),
-        ("plugin", _plugin),
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _build(folder, progress or (lambda share, what: None))
+    except OSError as error:
+        hint = "see that there are 700 MB of room and the right to write there"
+        raise SetupError(f"cannot build in {folder}: {error.strerror or error}", hint=hint) from error
+    return find(folder)
+
+
+def _build(folder: Path, progress: OnStep) -> None:
+    # The last figure is the share of the time that a step takes when nothing is there yet.
+    steps: list[tuple[str, str, Callable[[Path], None], float]] = [
+        ("guest", "fetch and unpack Debian's Python for arm64", _guest, 0.30),
+        ("qemu", "fetch and unpack QEMU", _qemu, 0.30),
+        ("wheels", "fetch and unpack the runtimes' aarch64 wheels", _wheels, 0.35),
+        ("processor", "describe the processor", _processor, 0.01),
+        ("plugin", "compile the counting plugin", _plugin, 0.04),
     ]
-    with FileLock(folder / "setup.lock"):
+    lock = FileLock(folder / "setup.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        progress(0.0, "wait for another setup that is at work")
+        lock.acquire()
+    try:
         done = folder / "done"
         done.mkdir(exist_ok=True)
         _drop_damaged(folder, done)
-        for number, (name, build) in enumerate(steps, start=1):
-            if progress is not None:
-                progress(number, len(steps), name)
+        share = 0.0
+        for name, what, build, part in steps:
             mark = done / f"{name}-{_REVISION}"
             if name == "plugin":
                 mark = done / f"{name}-{sha256_of(_PLUGIN_SOURCE)[:16]}"
             if not mark.exists():
+                progress(share, what)
                 build(folder)
                 mark.touch()
+            share += part
         _write_manifest(folder)
-    return find(folder)
+        progress(1.0, "done")
+    finally:
+        lock.release()
 
 
 def _guest(folder: Path) -> None:
@@ -272,7 +292,13 @@ def _drop_damaged(folder: Path, done: Path) -> None:
     manifest = folder / "manifest.json"
     if not manifest.exists():
         return
-    known = json.loads(manifest.read_text(encoding="utf-8"))
+    try:
+        known = json.loads(manifest.read_text(encoding="utf-8"))
+    except ValueError:
+        # Nothing can be trusted that cannot be checked.
+        known = {"files": {}, "versions": {}}
+        for mark in done.iterdir():
+            mark.unlink()
     manifest.unlink()
     steps = {"sysroot": ("guest", "processor"), "qemu": ("qemu",), "site": ("wheels",), "count.so": ("plugin",)}
     damaged = {name for name, value in known["files"].items() if not _is_whole(folder / name, value)}

@@ -11,6 +11,7 @@
     ├── MismatchError          outputs that must be equal are not
     ├── SetupError             a target could not be set up
     ├── StatsError             measurements that cannot be compared
+    ├── UnexpectedError        a target broke in a way that nobody foresaw: a mistake in its code
     └── DeviceError            a device cannot be used
         ├── DeviceNotFoundError    no device, or not the one asked for
         ├── DeviceAmbiguousError   several devices and none was named
@@ -40,6 +41,7 @@ __all__ = [
     "TargetError",
     "TimeoutExpiredError",
     "TransferError",
+    "UnexpectedError",
     "UnknownTargetError",
     "WorkerError",
     "by_name",
@@ -103,6 +105,10 @@ class SetupError(TargetError):
 
 class StatsError(TargetError):
     """Measurements that cannot be compared."""
+
+
+class UnexpectedError(TargetError):
+    """A target broke in a way that nobody foresaw."""
 
 
 class DeviceError(TargetError):

@@ -95,9 +95,9 @@ class HostTarget:
         if cores is not None and not set(cores) <= set(usable):
             raise OptionError(f"cores {sorted(set(cores) - set(usable))} are not among the usable ones {usable}")
         self.name = f"host-{runtime}"
-        self.formats: tuple[str, ...] = (_FORMATS[runtime],)
         self.runtime: Runtime = runtime
-        self.formats = (_FORMATS[runtime],)
+        self.formats: tuple[str, ...] = (_FORMATS[runtime],)
+        self.runs_here = True
         self.threads = threads
         self._cores = list(cores) if cores is not None else None
         self._pin = pin and hasattr(os, "sched_setaffinity")

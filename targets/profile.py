@@ -13,7 +13,7 @@ from targets.errors import ParseError
 from targets.model_file import inspect
 from targets.worker_process import run_worker
 
-__all__ = ["KindRow", "OperatorTime", "Profile", "compare", "profile", "table"]
+__all__ = ["KindRow", "OperatorTime", "Profile", "compare", "comparison", "profile", "table"]
 
 _RUNTIMES = {".tflite": ("litert", "tflite", "LiteRT"), ".onnx": ("ort", "onnx", "ONNX Runtime")}
 
@@ -115,18 +115,28 @@ def compare(baseline: Profile, other: Profile) -> list[KindRow]:
     return sorted(rows, key=lambda row: -abs(row.saved_ms))
 
 
+def comparison(baseline: Profile, other: Profile | None = None) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Formats profiles by kind of operator as a header and lines of cells, with the totals in the last line.
+
+    Args:
+        baseline: The model in the first columns.
+        other: The model beside it, with what it saves; left out, the table is of one model.
+    """
+    header: tuple[str, ...] = ("operator", baseline.model, "ms")
+    if other is not None:
+        header += (other.model, "ms", "saved ms")
+    beside = other if other is not None else Profile("", "", "", ())
+    total = KindRow("all", len(baseline.operators), baseline.total_ms, len(beside.operators), beside.total_ms)
+    lines = []
+    for row in [*compare(baseline, beside), total]:
+        line: tuple[str, ...] = (row.kind, str(row.baseline_count), f"{row.baseline_ms:.3f}")
+        if other is not None:
+            line += (str(row.other_count), f"{row.other_ms:.3f}", f"{row.saved_ms:+.3f}")
+        lines.append(line)
+    return header, lines
+
+
 def table(baseline: Profile, other: Profile) -> str:
-    """Formats `compare` as a Markdown table, with the totals in its last row."""
-    lines = [
-        f"| operator | {baseline.model} | ms | {other.model} | ms | saved ms |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
-    total = KindRow(
-        "all", len(baseline.operators), baseline.total_ms, len(other.operators), other.total_ms
-    )  # fmt: skip
-    for row in [*compare(baseline, other), total]:
-        lines.append(
-            f"| {row.kind} | {row.baseline_count} | {row.baseline_ms:.3f} | {row.other_count} | {row.other_ms:.3f} "
-            f"| {row.saved_ms:+.3f} |"
-        )
-    return "\n".join(lines)
+    """Formats `comparison` as a Markdown table."""
+    header, lines = comparison(baseline, other)
+    return "\n".join(f"| {' | '.join(line)} |" for line in (header, ("---", *["---:"] * 5), *lines))

@@ -37,6 +37,7 @@ class QnnTarget:
             raise OptionError(f"{device!r} is no Hexagon generation", hint=f"use one of {', '.join(ARCHITECTURES)}")
         self.name = "qnn-htp"
         self.formats: tuple[str, ...] = ("onnx",)
+        self.runs_here = True
         self._arch = device
         self._timeout_s = timeout_s
 

@@ -12,9 +12,9 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from targets.base import Device, Target
-from targets.errors import OptionError, UnknownTargetError
+from targets.errors import OptionError, SetupError, UnknownTargetError
 
-__all__ = ["ENTRY_POINT_GROUP", "devices", "get", "names"]
+__all__ = ["ENTRY_POINT_GROUP", "devices", "get", "names", "options"]
 
 ENTRY_POINT_GROUP = "layerfold.targets"
 _BUILT_IN: Mapping[str, str] = {
@@ -46,6 +46,7 @@ def get(name: str, **options: Any) -> Target:
     Raises:
         UnknownTargetError: If no target has that name.
         OptionError: If the target does not take one of the options.
+        SetupError: If another package's target cannot be loaded.
     """
     base, colon, instance = name.partition(":")
     if colon:
@@ -72,7 +73,12 @@ def _factory(name: str) -> Callable[..., Any]:
         return _load(_BUILT_IN[name])
     for point in entry_points(group=ENTRY_POINT_GROUP):
         if point.name == name:
-            loaded: Callable[..., Any] = point.load()
+            try:
+                loaded: Callable[..., Any] = point.load()
+            except Exception as error:  # another package's module may raise anything
+                owner = point.dist.name if point.dist is not None else "another package"
+                hint = f"mend or remove {owner}"
+                raise SetupError(f"target {name} of {owner} cannot be loaded: {error!r}", hint=hint) from error
             return loaded
     close = get_close_matches(name, names(), n=1, cutoff=0.5)
     hint = f"did you mean '{close[0]}'?" if close else f"known targets: {', '.join(names())}"
@@ -85,5 +91,16 @@ def _load(reference: str) -> Callable[..., Any]:
     return loaded
 
 
+def options(name: str) -> str:
+    """Returns the names of the options that a target takes, as one line.
+
+    Raises:
+        UnknownTargetError: If no target has that name.
+    """
+    return _options(_factory(name))
+
+
 def _options(factory: Callable[..., Any]) -> str:
-    return ", ".join(inspect.signature(factory).parameters) or "no options"
+    taken = [name for name, item in inspect.signature(factory).parameters.items() if item.kind is not item.VAR_KEYWORD]
+    # What a class takes beyond its signature it names itself.
+    return ", ".join([*taken, *getattr(factory, "further_options", ())]) or "no options"

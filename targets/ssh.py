@@ -9,7 +9,7 @@ import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from targets.base import Device, DeviceKind, Measurement, OnProgress
 from targets.errors import (
@@ -141,6 +141,8 @@ class SshTarget:
         OptionError: If an option has a value that makes no sense.
     """
 
+    further_options: ClassVar = tuple(RemoteSettings.__dataclass_fields__)
+
     def __init__(
         self,
         *,
@@ -157,8 +159,8 @@ class SshTarget:
         try:
             self.settings = RemoteSettings(**{**settings, "cores": tuple(settings.get("cores") or ())})
         except TypeError as error:
-            known = ", ".join(RemoteSettings.__dataclass_fields__)
-            raise OptionError(f"target ssh: {error}", hint=f"it takes {known}") from error
+            hint = f"it takes {', '.join(self.further_options)}"
+            raise OptionError(f"target ssh: {error}", hint=hint) from error
 
     def device(self) -> Device:
         """Asks the board who it is."""

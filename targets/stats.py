@@ -73,10 +73,12 @@ class Ratio:
         return {**asdict(self), "difference_shown": self.difference_shown, "verdict": self.verdict}
 
     def __str__(self) -> str:
+        if not self.metric.endswith("time"):
+            return f"{self.ratio:.3f} in {self.metric} (counted, not timed): {self.verdict}"
         caveat = ""
-        if self.metric.endswith("time") and self.processes == 1:
+        if self.processes == 1:
             caveat = "; one process only, the spread between processes is not in the interval"
-        return f"{self.ratio:.3f} (95% {self.low:.3f}–{self.high:.3f}): {self.verdict}{caveat}"
+        return f"{self.ratio:.3f} in {self.metric} (95% {self.low:.3f}–{self.high:.3f}): {self.verdict}{caveat}"
 
 
 def ratio_interval(baseline: Measurement, other: Measurement, *, resamples: int = RESAMPLES, seed: int = 0) -> Ratio:

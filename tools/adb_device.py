@@ -167,9 +167,7 @@ def up(state: Path, *, count: int, disk_mb: int, arch: str) -> dict[str, object]
         down(state)
     root, qemu, needed = "", "", []
     if arch == "arm64":
-        built, static = adbd_root.emulated(
-            lambda step, steps, what: print(f"root {step}/{steps}: {what}", file=sys.stderr)
-        )
+        built, static = adbd_root.emulated(lambda share, what: print(f"root {share:.0%}: {what}", file=sys.stderr))
         root, qemu = str(built), str(static)
         # The device's root is the root of its view, so adbd is found below /opt there.
         command = [word.replace(str(built), "") for word in adbd_root.command(built / "opt/adbd")]

@@ -19,6 +19,7 @@ _VERBS = {
     "bench": "measure model files against each other on a target",
     "report": "print a finished run's table again",
     "devices": "list the targets and the devices attached",
+    "targets": "list the targets, and set up what has to be built first",
     "inspect": "show what is inside a model file or a run folder",
     "doctor": "say what is installed, what is missing, and how to get it",
 }

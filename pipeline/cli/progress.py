@@ -1,9 +1,9 @@
 """Progress on the terminal: one bar for the stage at work, a line for each stage done."""
 
-__all__ = ["TerminalEvents", "bar"]
+__all__ = ["TerminalEvents", "bars"]
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 
@@ -47,11 +47,14 @@ class _StageBar:
 
 
 @contextmanager
-def bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """One bar on stderr for a verb's long work; the given function takes (done, total)."""
+def bars(titles: Sequence[str]) -> Iterator[list[Callable[[int, int], None]]]:
+    """One bar on stderr for each title; the given functions take (done, total), also from other threads."""
     with Progress(*_COLUMNS, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(title, total=None, text="")
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+        def mover(task: TaskID) -> Callable[[int, int], None]:
+            return lambda done, total: progress.update(task, completed=done, total=total)
+
+        yield [mover(progress.add_task(title, total=None, text="")) for title in titles]
 
 
 class TerminalEvents:

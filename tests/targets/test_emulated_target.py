@@ -184,8 +184,8 @@ def test_setup_resumes_and_repairs_what_is_damaged(root: EmulatedRoot, tmp_path:
     library = next((copy / "site").rglob("_interpreter*.so"), None) or next((copy / "site").rglob("*.so"))
     library.write_bytes(b"damaged")
     (copy / "count.so").unlink()
-    built = setup(lambda number, count, name: steps.append(name), folder=copy)
-    assert steps == ["guest", "qemu", "wheels", "processor", "plugin"]
+    built = setup(lambda share, what: steps.append(what), folder=copy)
+    assert [words for words in steps if "wheels" in words or "plugin" in words] == steps[:2] and steps[2:] == ["done"]
     assert library.stat().st_size > 1000 and built.plugin.exists()
     manifest = json.loads((copy / "manifest.json").read_text())
     original = json.loads((default_folder() / "manifest.json").read_text())

@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--second-root", type=Path)
     chosen = parser.parse_args()
-    setup(lambda step, steps, what: print(f"root {step}/{steps}: {what}"))
+    setup(lambda share, what: print(f"root {share:.0%}: {what}"))
     first = targets.get("emulated-arm64")
     second = first
     if chosen.second_root:
