@@ -15,6 +15,7 @@ __all__ = [
     "PostfoldSection",
     "PrefoldSection",
     "PreprocessSection",
+    "QatSection",
     "QuantizeSection",
     "Recipe",
     "ReportSection",
@@ -26,20 +27,23 @@ __all__ = [
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from pipeline.errors import RecipeError, nearest
+from pipeline.recipe_training import (
+    BaselineSection,
+    Count,
+    DistillSection,
+    Fraction,
+    Positive,
+    PostfoldSection,
+    PrefoldSection,
+    Section,
+    TrainSection,
+)
 
-Positive = Annotated[float, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
 
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class ModelSection(_Section):
+class ModelSection(Section):
     """Which network, and where its weights come from."""
 
     name: str
@@ -48,10 +52,10 @@ class ModelSection(_Section):
     input_px: Annotated[int, Field(ge=8, le=1024)]
     weights: str = "auto"
     """`auto` (packaged, else the hub), `packaged`, `hub`, `none` (random) or a checkpoint's path."""
-    args: dict[str, str | int | float | bool] = {}
+    args: dict[str, str | int | float | bool] = Field(default_factory=dict)
 
 
-class PreprocessSection(_Section):
+class PreprocessSection(Section):
     """From picture to network input: the one spec that training, calibration, verify and metadata read."""
 
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
@@ -60,7 +64,7 @@ class PreprocessSection(_Section):
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
 
 
-class DataSection(_Section):
+class DataSection(Section):
     """Which images. `train` fits, `calibration` is drawn from train, `eval` is only ever evaluated."""
 
     name: str
@@ -72,78 +76,7 @@ class DataSection(_Section):
     """A second, labelled set that is only evaluated (`imagenet_samples`: 20 labelled ImageNet photos)."""
 
 
-class DistillSection(_Section):
-    """Knowledge distillation from the baseline: loss = (1−weight)·task + weight·KL at the temperature."""
-
-    weight: Fraction
-    temperature: Positive = 1.0
-
-
-class TrainSection(_Section):
-    """One fine-tuning: how long, how fast, with what regularisation."""
-
-    epochs: Positive
-    batch_size: Count = 128
-    lr: Positive
-    optimiser: Literal["sgd", "adamw"] = "sgd"
-    momentum: Fraction = 0.9
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    schedule: Literal["cosine", "step", "onecycle", "constant"] = "cosine"
-    warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
-    label_smoothing: Fraction = 0.0
-    ema_decay: Fraction | None = None
-    grad_clip_norm: Positive | None = None
-    freeze_bn: bool = False
-    channels_last: bool = True
-    """NHWC memory order: nearly twice as fast on CPUs and tensor cores, the same network."""
-    amp: Literal["off", "bf16", "fp16"] = "off"
-    checkpoint_every_s: Positive = 20.0
-
-
-class BaselineSection(_Section):
-    """The network to beat: its given weights, fine-tuned first where `train` is there."""
-
-    train: TrainSection | None = None
-
-
-class PrefoldSection(_Section):
-    """Which units become linear.
-
-    `alpha` learns it, `fixed` anneals the given units to α=1, `closed_form` fits them by least squares, untrained.
-    """
-
-    method: Literal["alpha", "fixed", "closed_form"] = "alpha"
-    units: Literal["all"] | tuple[str, ...] = "all"
-    exclude: tuple[str, ...] = ()
-    max_macs_ratio: Positive = 2.0
-    """With units `all`: leave out a unit whose one convolution would need more than so many times its MACs."""
-    lambda_c: Annotated[float, Field(ge=0)] = 0.25
-    p: Annotated[float, Field(ge=1)] = 2.0
-    threshold: Annotated[float, Field(gt=0, lt=1)] = 0.9
-    alpha_init: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    alpha_lr: Positive | None = None
-    anneal_fraction: Fraction = 0.5
-    """Method `fixed`: the share of the fine-tuning by which the units' α have reached 1."""
-    snap_at: Fraction | None = None
-    """The share of the fine-tuning after which every α is fixed at 0 or 1, so that the rest trains what will fold."""
-    penalty_weights: Literal["uniform", "macs"] = "uniform"
-    ridge: Positive = 1e-3
-    """Method `closed_form`: λ of the least squares, in units of the inputs' mean variance."""
-    refit: Literal["none", "bias", "pointwise", "all"] = "none"
-    """Method `closed_form`: which layers behind the first folded unit are fitted anew to the baseline's outputs."""
-    distill: DistillSection | None = None
-    train: TrainSection | None = None
-
-    @model_validator(mode="after")
-    def _methods_have_what_they_need(self) -> "PrefoldSection":
-        if self.method != "alpha" and (self.units == "all" or not self.units):
-            raise ValueError(f"prefold.method '{self.method}' needs prefold.units: the names of the units to fold")
-        if self.method != "closed_form" and self.train is None:
-            raise ValueError(f"prefold.method '{self.method}' needs prefold.train: epochs, lr, …")
-        return self
-
-
-class FoldSection(_Section):
+class FoldSection(Section):
     """How linear neighbours are merged (`pipeline.folding.fold`)."""
 
     border: Literal["approximate", "exact"] = "approximate"
@@ -152,39 +85,86 @@ class FoldSection(_Section):
     """Largest tolerated difference of logits between the linearised and the folded network."""
 
 
-class PostfoldSection(_Section):
-    """The fine-tuning after the fold; none where `train` is missing."""
-
-    distill: DistillSection | None = None
-    train: TrainSection | None = None
-
-
-class ExportSection(_Section):
-    """File formats to write."""
+class ExportSection(Section):
+    """File formats to write, what their input is, and what the census of a file may hold."""
 
     formats: tuple[Literal["tflite", "onnx"], ...] = ("tflite", "onnx")
+    precisions: tuple[Literal["fp16", "dynamic"], ...] = ()
+    """Files beside the float32 ones that need no calibration; static int8 is section `quantize`."""
+    input: Literal["float", "uint8"] = "float"
+    """`uint8`: the files take camera pixels, and `preprocess.mean` and `std` are folded into the first layer."""
+    batch: Count = 1
+    """Images of one inference, written into the files' input shape."""
+    pads: Literal["keep", "enlarge"] = "keep"
+    """`enlarge`: kernels grow by zeros where that makes TFLite's PAD operators needless; XNNPACK is faster with PAD."""
+    gate: Literal["fail", "warn"] = "fail"
+    """What transposes, float islands and operators outside the target's set do to the stage."""
+    allow_operators: tuple[str, ...] = ()
+    """Operator types, as `layerfold inspect` prints them, that the target runs beside the usual ones."""
 
 
-class QuantizeSection(_Section):
-    """Static int8 after training; calibration images come from the training split by seed."""
+class QatSection(Section):
+    """Quantisation-aware training, distilled from the float network on training images; needs no labels."""
 
+    steps: Count = 100
+    batch_size: Count = 16
+    lr: Positive = 1e-5
+
+
+class QuantizeSection(Section):
+    """Static int8; calibration images come from the training split by seed."""
+
+    method: Literal["ptq", "qat"] = "ptq"
+    """`qat`: the network is trained with int8 rounding in its forward pass before it is quantised."""
     calibration_images: Count = 200
+    calibration_split: str = "calibration"
+    """`calibration` (drawn from train) or `train`; the splits that judge the result are refused."""
     equalise: bool = True
     """Cross-layer range equalisation before quantising; the float files stay as they are."""
+    bias_correction: bool = False
+    """Takes the mean error of weight rounding out of every bias (empirical, layer by layer)."""
+    per_channel: bool = True
+    """One weight scale per output channel; one per tensor otherwise."""
+    ranges: Literal["minmax", "percentile", "mse"] = "minmax"
+    """How activation ranges are taken from what the calibration images show."""
+    percentile: Annotated[float, Field(gt=50, le=100)] = 99.99
+    """With ranges `percentile`: the share of values kept, in per cent."""
+    float_units: tuple[str, ...] = ()
+    """Layers or units that stay float32, such as `blocks.3.2`."""
+    qat: QatSection = QatSection()
+    noise_images: Annotated[int, Field(ge=0)] = 8
+    """Calibration images for the report's table of each unit's signal-to-noise ratio; 0 leaves the table out."""
+
+    @model_validator(mode="after")
+    def _calibration_never_judges(self) -> "QuantizeSection":
+        if self.calibration_split not in ("calibration", "train"):
+            raise ValueError(
+                f"quantize.calibration_split is '{self.calibration_split}', expected 'calibration' or 'train': "
+                "images that judge the result must not shape it"
+            )
+        return self
 
 
-class VerifySection(_Section):
+class VerifySection(Section):
     """What an exported file must keep; a breach is a red row and a non-zero exit."""
 
     batch_size: Count = 64
     fp32_min_agreement: Fraction = 0.995
     """Top-1 agreement of a float file with the torch model it came from."""
+    fp32_max_relative_error: Positive = 1e-4
+    """Largest logit difference of a float32 file over the largest logit of its torch model."""
+    fp16_min_agreement: Fraction = 0.98
     int8_min_agreement: Fraction = 0.9
+    """For static int8 and `dynamic` files."""
     int8_max_drop_points: Positive = 3.0
     """Largest accuracy loss of an int8 file against its own torch model, in percentage points."""
+    second_opinion_min_agreement: Fraction = 0.8
+    """Least top-1 agreement of the TFLite and the ONNX file of one model and precision with each other."""
+    worst_images: Annotated[int, Field(ge=0)] = 5
+    """How many images with the largest logit errors are listed for each file."""
 
 
-class BenchSection(_Section):
+class BenchSection(Section):
     """Where and how latency is measured."""
 
     targets: tuple[str, ...] = ("host-litert", "host-ort")
@@ -195,14 +175,14 @@ class BenchSection(_Section):
     restarts: Count = 3
 
 
-class ReportSection(_Section):
+class ReportSection(Section):
     """What the table is set beside."""
 
     paper: str | None = None
     """A row of the Layer Folding paper's ImageNet table, e.g. `mobilenetv2_100`."""
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """A whole run, from pretrained network to table."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
@@ -223,7 +203,7 @@ class Recipe(_Section):
     verify: VerifySection = VerifySection()
     bench: BenchSection = BenchSection()
     report: ReportSection = ReportSection()
-    quick: dict[str, Any] = {}
+    quick: dict[str, Any] = Field(default_factory=dict)
     """Dotted overrides that `--quick` applies before `--set`."""
 
     def resolved(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ ready = alpha.settle(student, threshold=0.9)
 from pipeline.alpha.activation import AlphaActivation, is_activation
 from pipeline.alpha.padding import RingConv2d
 from pipeline.alpha.penalty import penalty, weights_from_savings
+from pipeline.alpha.replacement import AlphaUnit, attach_replacements
 from pipeline.alpha.schedule import AlphaSchedule, apply_
 from pipeline.alpha.surgery import (
     activations,
@@ -26,11 +27,13 @@ from pipeline.alpha.surgery import (
 __all__ = [
     "AlphaActivation",
     "AlphaSchedule",
+    "AlphaUnit",
     "RingConv2d",
     "activations",
     "alphas",
     "apply_",
     "attach",
+    "attach_replacements",
     "clamp_",
     "freeze_",
     "is_activation",

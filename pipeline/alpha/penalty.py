@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from pipeline.alpha.activation import AlphaActivation
+from pipeline.alpha import surgery
 from pipeline.errors import UnitError, nearest
 
 
@@ -25,7 +25,7 @@ def penalty(student: nn.Module, p: float = 2.0, weights: Mapping[str, float] | N
     Raises:
         UnitError: A weight names no α, or there is no α at all.
     """
-    alphas = {m.group: m.alpha for m in student.modules() if isinstance(m, AlphaActivation)}
+    alphas = surgery.alphas(student)
     if not alphas:
         raise UnitError("the network has no α to penalise", hint="call alpha.attach first")
     for name in weights or {}:

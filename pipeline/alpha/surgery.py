@@ -31,6 +31,7 @@ from torch import nn
 from pipeline.alpha import rings
 from pipeline.alpha.activation import AlphaActivation, is_activation
 from pipeline.alpha.padding import RingConv2d
+from pipeline.alpha.replacement import AlphaUnit
 from pipeline.errors import UnitError, nearest
 from pipeline.folding.units import find_units
 
@@ -138,8 +139,8 @@ def activations(student: nn.Module) -> dict[str, list[str]]:
     return found
 
 
-def _blends(student: nn.Module) -> list[AlphaActivation]:
-    return [module for module in student.modules() if isinstance(module, AlphaActivation)]
+def _blends(student: nn.Module) -> list[AlphaActivation | AlphaUnit]:
+    return [module for module in student.modules() if isinstance(module, AlphaActivation | AlphaUnit)]
 
 
 def alphas(student: nn.Module) -> dict[str, nn.Parameter]:
@@ -218,7 +219,8 @@ def settle(student: nn.Module, threshold: float = 0.9) -> nn.Module:
 
     Where α > `threshold` the activation becomes an identity, and the convolution behind it keeps its ring with
     `ring_exact`, so that plain composition of kernels equals this network at the border too. Elsewhere the
-    original activation and convolution come back, at their original speed.
+    original activation and convolution come back, at their original speed. Of a unit attached with a replacement,
+    one of the two stays.
 
     Args:
         student: What `attach` returned.
@@ -229,10 +231,13 @@ def settle(student: nn.Module, threshold: float = 0.9) -> nn.Module:
     rings.remove(settled)
     linear: dict[str, AlphaActivation | None] = {}
     for name, module in list(settled.named_modules(remove_duplicate=False)):
-        if not isinstance(module, AlphaActivation):
+        if not isinstance(module, AlphaActivation | AlphaUnit):
             continue
         parent, _, leaf = name.rpartition(".")
         gone = float(module.alpha.detach()) > threshold
+        if isinstance(module, AlphaUnit):
+            setattr(settled.get_submodule(parent), leaf, module.replacement if gone else module.unit)
+            continue
         replacement = nn.Identity() if gone else module.restore()
         replacement.train(module.training)
         setattr(settled.get_submodule(parent), leaf, replacement)

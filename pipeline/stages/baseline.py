@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from pipeline.models import weights, zoo
-from pipeline.stages import StageContext, workbench
+from pipeline.stages import StageContext, fitting, workbench
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def run(context: StageContext) -> dict[str, Any]:
     context.report.say(f"weights: {origin.source} ({origin.detail})")
     train = recipe.baseline.train
     if train is not None:
-        workbench.fine_tune(context, model, train)
+        fitting.fine_tune(context, model, train)
     evaluation = workbench.score(context, model)
     workbench.save_model(context, "models/baseline.pt", model, weights=origin.as_dict())
     return {

@@ -2,9 +2,12 @@
 
 __all__ = ["run"]
 
+from collections.abc import Sequence
 from typing import Any
 
-from pipeline.stages import StageContext, workbench
+from torch import nn
+
+from pipeline.stages import StageContext, fitting, workbench
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -12,10 +15,12 @@ def run(context: StageContext) -> dict[str, Any]:
     section = context.recipe.postfold
     folded = workbench.load_model(context, "fold", "folded.pt")
     baseline = workbench.load_model(context, "baseline", "models/baseline.pt")
-    if section.train is not None:
-        workbench.fine_tune(context, folded, section.train, distill=section.distill, teacher=baseline)
-    evaluation = workbench.score(context, folded, teacher=baseline)
     units = list(context.inputs["fold"].metrics["units_folded"])
+    if section.train is not None:
+        fitting.fine_tune(
+            context, folded, section.train, distill=section.distill, teacher=baseline, units=_blocks(folded, units)
+        )
+    evaluation = workbench.score(context, folded, teacher=baseline)
     workbench.save_model(context, "models/folded.pt", folded, units_folded=units)
     return {
         "units_folded": units,
@@ -23,3 +28,9 @@ def run(context: StageContext) -> dict[str, Any]:
         "evaluation": evaluation.as_dict(),
         "summary": workbench.summary(evaluation),
     }
+
+
+def _blocks(folded: nn.Module, units: Sequence[str]) -> list[str]:
+    """The units that the folded network still has as one layer under their own name, for feature distillation."""
+    modules = dict(folded.named_modules())
+    return [unit for unit in units if unit in modules and not list(modules[unit].children())]

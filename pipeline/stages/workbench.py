@@ -1,11 +1,10 @@
-"""What several stages set up alike from a recipe: preprocessing, data splits, device, fine-tuning."""
+"""What several stages set up alike from a recipe: preprocessing, data splits, device, models, scores."""
 
 __all__ = [
     "count",
     "device",
     "example",
     "file_metadata",
-    "fine_tune",
     "labelled",
     "load_model",
     "model_meta",
@@ -16,24 +15,21 @@ __all__ = [
     "summary",
 ]
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 import pipeline
-from pipeline.alpha import AlphaSchedule
 from pipeline.data import datasets
 from pipeline.data.preprocessing import Preprocessing
 from pipeline.data.sources import ImageSource
 from pipeline.errors import RecipeError
 from pipeline.folding import counters
 from pipeline.models import store
-from pipeline.recipe import DistillSection, Recipe, TrainSection
+from pipeline.recipe import Recipe
 from pipeline.stages import StageContext
 from pipeline.training.evaluate import Evaluation, evaluate
-from pipeline.training.loop import FitConfig, FitResult, Progress, fit
 
 
 def preprocessing(recipe: Recipe) -> Preprocessing:
@@ -48,18 +44,19 @@ def preprocessing(recipe: Recipe) -> Preprocessing:
     )
 
 
-def split(recipe: Recipe, name: str, *, limit: int | None = None) -> ImageSource:
+def split(recipe: Recipe, name: str, *, limit: int | None = None, holdout: float = 0.0) -> ImageSource:
     """Opens a split of the data set that is there (the recipe's, or its fallback).
 
     Args:
         recipe: Says which data set, and how many images `train` and `eval` may hold.
-        name: `train`, `calibration` or `eval`.
+        name: `train`, `select` (held out of train), `calibration` or `eval`.
         limit: At most so many images; the recipe's limit unless given.
+        holdout: Share of the training images that `train` leaves to `select`.
     """
     limits = {"train": recipe.data.train_images, "eval": recipe.data.eval_images}
     resolved = datasets.resolve(recipe.data.name, recipe.data.root, recipe.data.fallback)
     source = datasets.open_split(
-        resolved, name, preprocessing(recipe), limit=limit or limits.get(name), seed=recipe.seed
+        resolved, name, preprocessing(recipe), limit=limit or limits.get(name), seed=recipe.seed, holdout=holdout
     )
     if source.num_classes is not None and source.num_classes != recipe.model.num_classes:
         raise RecipeError(
@@ -129,46 +126,6 @@ def load_model(context: StageContext, stage: str, name: str) -> nn.Module:
     return store.load(context.inputs[stage].file(name)).module
 
 
-def fine_tune(
-    context: StageContext,
-    model: nn.Module,
-    section: TrainSection,
-    *,
-    distill: DistillSection | None = None,
-    teacher: nn.Module | None = None,
-    alpha: AlphaSchedule | None = None,
-) -> FitResult:
-    """Fine-tunes a model in place as a recipe's section says, resuming where an earlier try was stopped."""
-    recipe = context.recipe
-    source = split(recipe, "train")
-    if not source.labelled and (distill is None or distill.weight < 1):
-        raise RecipeError(
-            f"{source.name} has no labels, so {context.stage.name} can only learn from the baseline",
-            hint=f"set {context.stage.name}.distill.weight=1",
-        )
-    if section.epochs * source.steps(section.batch_size, train=True) < 1:
-        raise RecipeError(
-            f"{context.stage.name}.train: {len(source)} images in batches of {section.batch_size} for "
-            f"{section.epochs} epochs are less than one step",
-            hint=f"lower {context.stage.name}.train.batch_size or raise data.train_images",
-        )
-    config = _fit_config(recipe, section, distill)
-
-    def on_progress(progress: Progress) -> None:
-        context.report.progress(progress.step, progress.total_steps, _progress_text(progress))
-
-    return fit(
-        model,
-        source,
-        config,
-        teacher=teacher if distill is not None else None,
-        checkpoint_dir=Path(context.checkpoints),
-        on_progress=on_progress,
-        alpha=alpha,
-        device=device(recipe),
-    )
-
-
 def score(context: StageContext, model: nn.Module, *, teacher: nn.Module | None = None) -> Evaluation:
     """Evaluates a model on the evaluation split: accuracy where it has labels, agreement where there is a teacher."""
     recipe = context.recipe
@@ -191,30 +148,3 @@ def count(recipe: Recipe, model: nn.Module) -> dict[str, int]:
     """Parameters, MACs of one image, and depth (non-linear layers)."""
     counts = counters.count(model, example(recipe))
     return {"params": counts.params, "macs": counts.macs, "depth": counts.depth}
-
-
-def _fit_config(recipe: Recipe, section: TrainSection, distill: DistillSection | None) -> FitConfig:
-    return FitConfig(
-        epochs=section.epochs,
-        batch_size=section.batch_size,
-        lr=section.lr,
-        optimiser=section.optimiser,
-        momentum=section.momentum,
-        weight_decay=section.weight_decay,
-        schedule=section.schedule,
-        warmup_epochs=section.warmup_epochs,
-        label_smoothing=section.label_smoothing,
-        ema_decay=section.ema_decay,
-        grad_clip=section.grad_clip_norm,
-        freeze_bn=section.freeze_bn,
-        channels_last=section.channels_last,
-        amp=section.amp,
-        checkpoint_every_s=section.checkpoint_every_s,
-        distill_weight=0.0 if distill is None else distill.weight,
-        distill_temperature=1.0 if distill is None else distill.temperature,
-        seed=recipe.seed,
-    )
-
-
-def _progress_text(progress: Progress) -> str:
-    return f"epoch {progress.epoch + 1}, loss {progress.loss:.3f}"

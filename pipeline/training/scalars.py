@@ -8,6 +8,9 @@ from typing import Any
 
 from pipeline.training.config import FitResult, Progress
 
+# More points a curve than a screen is wide only make the files large.
+_POINTS = 1000
+
 
 class TensorBoardLog:
     """A progress callback for `fit` that writes loss, rate, throughput and every α for TensorBoard.
@@ -25,6 +28,7 @@ class TensorBoardLog:
 
         self.folder, self.then = Path(folder), then
         self._writer: Any = SummaryWriter(str(folder))
+        self._next = 0
 
     def __enter__(self) -> "TensorBoardLog":
         return self
@@ -33,18 +37,21 @@ class TensorBoardLog:
         self._writer.close()
 
     def __call__(self, progress: Progress) -> None:
-        """Writes one point of each curve."""
+        """Writes one point of each curve, unless the last one is too near to tell apart."""
+        if self.then is not None:
+            self.then(progress)
         step = progress.step
+        if progress.note:
+            self._writer.add_text("note", progress.note, step)
+        if step < self._next and step != progress.total_steps:
+            return
+        self._next = step + max(progress.total_steps // _POINTS, 1)
         if progress.loss == progress.loss:  # NaN before the first step
             self._writer.add_scalar("train/loss", progress.loss, step)
         self._writer.add_scalar("train/lr", progress.lr, step)
         self._writer.add_scalar("train/images_per_s", progress.images_per_s, step)
         for name, value in progress.alphas.items():
             self._writer.add_scalar(f"alpha/{name}", value, step)
-        if progress.note:
-            self._writer.add_text("note", progress.note, step)
-        if self.then is not None:
-            self.then(progress)
 
     def finish(self, result: FitResult) -> FitResult:
         """Writes the evaluations that the history holds; returns the result."""

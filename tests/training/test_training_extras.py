@@ -22,7 +22,7 @@ PREP = Preprocessing(input_px=8, mean=(0.5, 0.4, 0.3), std=(0.5, 0.6, 0.7), crop
 def bounded_source() -> TinySource:
     """Images that a picture can hold: inside [0, 1] before normalisation, noise included."""
     source = TinySource(32)
-    source.images = source.images.clamp(-0.3, 0.5)
+    source.images = source.images.clamp(-0.02, 0.5)
     return source
 
 
