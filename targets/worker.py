@@ -6,9 +6,10 @@ objects, one a line, on what was standard output at the start; whatever the runt
 The process ends when standard input closes, so that a worker never outlives the one who asked.
 
 Request: ``runtime`` ("litert" or "ort"), ``models`` (paths), ``threads``, ``cores`` (list or null), ``warmup``,
-``runs``, ``seed``, ``probe`` (also measure the memory of the one model), ``marker`` (number of a system call that
-brackets each timed run for an instruction counter, or null), ``watch`` (false starts no thread that waits for standard
-input to close). Replies: ``ready``, ``progress``, ``result``, or ``error``, which names a class of `targets.errors`.
+``runs``, ``seed``, ``probe`` (also measure the memory of the one model), ``exact`` (ONNX Runtime's 8-bit kernels must
+not saturate), ``marker`` (number of a system call that brackets each timed run for an instruction counter, or null),
+``watch`` (false starts no thread that waits for standard input to close). Replies: ``ready``, ``progress``,
+``result``, or ``error``, which names a class of `targets.errors`.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def load_runtime(runtime: str) -> Any:
 class LiteRtModel:
     """One model in LiteRT's interpreter, with a fixed input."""
 
-    def __init__(self, path: str, threads: int, seed: int) -> None:
+    def __init__(self, path: str, threads: int, seed: int, *, exact: bool = False) -> None:
         self.version = load_runtime("litert").__version__
         from ai_edge_litert.interpreter import Interpreter
 
@@ -85,13 +86,17 @@ class LiteRtModel:
 class OrtModel:
     """One model in an ONNX Runtime session on the CPU, with a fixed input and bound outputs."""
 
-    def __init__(self, path: str, threads: int, seed: int, *, profile_prefix: str | None = None) -> None:
+    def __init__(
+        self, path: str, threads: int, seed: int, *, exact: bool = False, profile_prefix: str | None = None
+    ) -> None:
         ort = load_runtime("ort")
         self.version = ort.__version__
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
+        if exact:
+            options.add_session_config_entry("session.x64quantprecision", "1")
         if profile_prefix is not None:
             options.enable_profiling = True
             options.profile_file_prefix = profile_prefix
@@ -229,7 +234,8 @@ def serve(request: dict[str, Any], reply: Callable[[dict[str, Any]], None]) -> N
         load_runtime(request["runtime"])
         if reset_peak_memory():
             before_kb = memory_kb("VmRSS")
-    models = [maker(path, request["threads"], request.get("seed", 0)) for path in request["models"]]
+    settings = {"exact": bool(request.get("exact"))}
+    models = [maker(path, request["threads"], request.get("seed", 0), **settings) for path in request["models"]]
     reply({"event": "ready", "runtime_version": models[0].version, "cores": cores})
     last = [0.0]
 

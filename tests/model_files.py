@@ -124,6 +124,10 @@ def write_onnx(path: Path, *, channels: int, layers: int = 2, kind: str = "fp32"
         following = f"y{layer}"
         nodes.append(helper.make_node("Conv", [source, kernel], [following], pads=[1, 1, 1, 1]))
         current, depth = following, channels
+    if kind == "int8":
+        nodes.append(helper.make_node("QuantizeLinear", [current, "scale", "zero"], [f"{current}q"]))
+        nodes.append(helper.make_node("DequantizeLinear", [f"{current}q", "scale", "zero"], ["out"]))
+        current = "out"
     shape = [1, channels, SIDE_PX, SIDE_PX]
     graph = helper.make_graph(
         nodes, "chain", [helper.make_tensor_value_info("x", element, [1, 3, SIDE_PX, SIDE_PX])],

@@ -149,8 +149,9 @@ def test_counts_repeat_follow_the_work_and_give_the_hosts_bytes(root: EmulatedRo
 
 
 def test_onnx_runtime_runs_there_too(root: EmulatedRoot, make_model: MakeModel) -> None:
-    (row,) = EmulatedTarget(cache=False).benchmark([make_model("onnx")])
+    (row,) = EmulatedTarget(cache=False).benchmark([make_model("onnx", kind="int8")])
     assert row.runtime == "ort" and row.instructions is not None and row.instructions > 1e4
+    assert row.precision == "int8" and row.valid, row.invalid_reason
     assert "l1d_miss" not in row.counters
 
 
