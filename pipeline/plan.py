@@ -33,14 +33,15 @@ _SPECS = (
     _StageSpec("prefold", ("prefold",), ("baseline",)),
     _StageSpec("fold", ("fold",), ("baseline", "prefold")),
     _StageSpec("postfold", ("postfold",), ("baseline", "fold")),
-    _StageSpec("export", ("export",), ("baseline", "postfold")),
-    _StageSpec("quantize", ("quantize",), ("baseline", "postfold", "export")),
-    _StageSpec("verify", ("verify",), ("baseline", "postfold", "export", "quantize")),
+    _StageSpec("export", ("export",), ("baseline", "postfold"), code_version=2),
+    _StageSpec("quantize", ("quantize",), ("baseline", "postfold", "export"), code_version=2),
+    _StageSpec("verify", ("verify",), ("baseline", "postfold", "export", "quantize"), code_version=2),
     _StageSpec("bench", ("bench",), ("export", "quantize"), ("host",)),
     _StageSpec(
         "report",
         ("report", "name", "description", "variant"),
         ("baseline", "prefold", "fold", "postfold", "export", "quantize", "verify", "bench"),
+        code_version=2,
     ),
 )
 

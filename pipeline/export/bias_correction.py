@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, fx, nn
 
-from pipeline.export.layers import Weighted, watch_outputs, weighted_layers
+from pipeline.export.layers import Weighted, is_inside, watch_outputs, weighted_layers
 
 _LEVELS = 127
 
@@ -42,6 +42,7 @@ def correct_biases(
     images: Iterable[npt.NDArray[np.float32]],
     *,
     per_channel: bool = True,
+    float_layers: Iterable[str] = (),
 ) -> tuple[fx.GraphModule, dict[str, float]]:
     """Corrects every layer's bias for the rounding of all weights up to and including its own.
 
@@ -50,6 +51,7 @@ def correct_biases(
         images: Calibration images, batches [N, C, H, W]; a few dozen do. One layer's output for all of them is in
             memory at a time.
         per_channel: How the weights will be quantised.
+        float_layers: Names of layers or units that will stay float32: they are not rounded, but absorb what comes in.
 
     Returns:
         A copy with float weights as before and corrected biases, to be quantised; and the largest correction of
@@ -57,7 +59,7 @@ def correct_biases(
     """
     batches = [np.asarray(batch, dtype=np.float32) for batch in images]
     wanted = _means(network, list(weighted_layers(network)), batches)
-    corrector = _Corrector(copy.deepcopy(network), wanted, per_channel)
+    corrector = _Corrector(copy.deepcopy(network), wanted, per_channel, tuple(float_layers))
     with torch.no_grad():
         corrector.run(torch.from_numpy(np.concatenate(batches)))
     result = copy.deepcopy(network)
@@ -73,12 +75,15 @@ class _Corrector(fx.Interpreter):
     So each layer sees what the corrected layers before it produce, in one pass instead of one per layer.
     """
 
-    def __init__(self, network: fx.GraphModule, wanted: dict[str, Tensor], per_channel: bool) -> None:
+    def __init__(
+        self, network: fx.GraphModule, wanted: dict[str, Tensor], per_channel: bool, kept: tuple[str, ...]
+    ) -> None:
         super().__init__(network)
         self._wanted = wanted
         self.shifts: dict[str, Tensor] = {}
-        for layer in weighted_layers(network).values():
-            layer.weight.data.copy_(rounded_weight(layer, per_channel=per_channel))
+        for name, layer in weighted_layers(network).items():
+            if not is_inside(name, kept):
+                layer.weight.data.copy_(rounded_weight(layer, per_channel=per_channel))
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         output = super().call_module(target, args, kwargs)

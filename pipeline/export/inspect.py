@@ -9,6 +9,7 @@ from pipeline.errors import ExportError
 from pipeline.export.census_onnx import read_onnx
 from pipeline.export.census_tflite import read_tflite
 from pipeline.export.census_types import Census, Port, WeightRange
+from pipeline.export.layers import is_inside
 
 # What LiteRT's CPU (XNNPACK), GPU and NPU delegates all run for a folded classifier, and the ONNX names beside them.
 MOBILE_OPERATORS: Mapping[str, frozenset[str]] = {
@@ -46,6 +47,7 @@ def gate(
     allowed: Collection[str] | None = None,
     max_pads: int | None = None,
     float_tensors: Collection[str] = (),
+    lone_activations: bool = False,
 ) -> list[str]:
     """What in a census keeps the file from running well on a phone; empty when it passes.
 
@@ -54,6 +56,7 @@ def gate(
         allowed: Operator types that the target runs; `MOBILE_OPERATORS` of the format by default.
         max_pads: Padding operators that the network's own padding accounts for; not judged when None.
         float_tensors: Tensors of layers or units that were asked to stay float in a quantised file.
+        lone_activations: Whether activations may be operators of their own.
     """
     known = MOBILE_OPERATORS[found.format] if allowed is None else frozenset(allowed)
     findings = []
@@ -64,7 +67,7 @@ def gate(
     if foreign:
         findings.append(f"{found.file}: operators outside the target's set: {', '.join(foreign)}")
     asked = tuple(float_tensors)
-    islands = [name for name in found.float_tensors if not _is_inside(name, asked)]
+    islands = [name for name in found.float_tensors if not is_inside(name, asked)]
     if islands:
         findings.append(
             f"{found.file}: {len(islands)} tensors are float inside a quantised file: {', '.join(islands[:4])}"
@@ -73,10 +76,6 @@ def gate(
     if max_pads is not None and pads > max_pads:
         findings.append(f"{found.file}: {pads} padding operators, expected at most {max_pads}")
     alone = found.count("RELU", "RELU6")
-    if alone and found.format == "tflite":
+    if alone and found.format == "tflite" and not lone_activations:
         findings.append(f"{found.file}: {alone} activations stand alone, expected all fused")
     return findings
-
-
-def _is_inside(tensor: str, layers: tuple[str, ...]) -> bool:
-    return any(tensor == layer or tensor.startswith(f"{layer}.") for layer in layers)

@@ -1,6 +1,6 @@
 """The weighted layers of a lowered network, and what flows out of them."""
 
-__all__ = ["Weighted", "is_depthwise", "unit_of", "watch_outputs", "weighted_layers"]
+__all__ = ["Weighted", "is_depthwise", "is_inside", "unit_of", "watch_outputs", "weighted_layers"]
 
 from collections.abc import Callable, Iterable
 
@@ -28,9 +28,14 @@ def weighted_layers(network: fx.GraphModule) -> dict[str, Weighted]:
     return layers
 
 
+def is_inside(layer: str, units: Iterable[str]) -> bool:
+    """Whether a layer is one of the named layers or lies in one of the named units."""
+    return any(layer == unit or layer.startswith(f"{unit}.") for unit in units)
+
+
 def unit_of(layer: str, units: Iterable[str]) -> str:
     """The unit that a layer is or lies in; a layer outside every unit is its own."""
-    inside = [unit for unit in units if layer == unit or layer.startswith(f"{unit}.")]
+    inside = [unit for unit in units if is_inside(layer, (unit,))]
     return max(inside, key=len) if inside else layer
 
 

@@ -10,7 +10,7 @@ __all__ = ["distil", "finish", "freeze_ranges", "prepare"]
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 
 from pipeline.errors import TrainingError
 from pipeline.export.extras import require
-from pipeline.export.layers import weighted_layers
+from pipeline.export.layers import is_inside, weighted_layers
 from pipeline.export.quiet import quietly
 
 _MARK = "rounding_"
@@ -44,12 +44,13 @@ class _Rounding(nn.Module):
         return rounded
 
 
-def prepare(network: fx.GraphModule, *, per_channel: bool = True) -> fx.GraphModule:
+def prepare(network: fx.GraphModule, *, per_channel: bool = True, float_layers: Iterable[str] = ()) -> fx.GraphModule:
     """Inserts the rounding of int8 into a lowered network.
 
     Args:
         network: A lowered network; it is not changed.
         per_channel: One weight scale per output channel; one per tensor otherwise.
+        float_layers: Names of layers or units whose weights will stay float32 and are not rounded.
 
     Returns:
         A trainable copy. In training mode activation ranges follow a moving average; in eval mode they stay. Show it
@@ -60,8 +61,11 @@ def prepare(network: fx.GraphModule, *, per_channel: bool = True) -> fx.GraphMod
     """
     prepared = copy.deepcopy(network)
     prepared.meta.pop("lowered", None)
-    for layer in weighted_layers(prepared).values():
-        parametrize.register_parametrization(layer, "weight", _Rounding(_weight_rounding(per_channel), weights=True))
+    kept = tuple(float_layers)
+    for name, layer in weighted_layers(prepared).items():
+        if not is_inside(name, kept):
+            rounding = _Rounding(_weight_rounding(per_channel), weights=True)
+            parametrize.register_parametrization(layer, "weight", rounding)
     for number, node in enumerate(_rounded_nodes(prepared)):
         name = f"{_MARK}{number}"
         prepared.add_submodule(name, _Rounding(_activation_rounding(), weights=False))
@@ -88,7 +92,8 @@ def finish(prepared: fx.GraphModule) -> fx.GraphModule:
     """
     result = copy.deepcopy(prepared).cpu()
     for layer in weighted_layers(result).values():
-        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+        if parametrize.is_parametrized(layer, "weight"):
+            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
     for node in list(result.graph.nodes):
         if node.op == "call_module" and str(node.target).startswith(_MARK):
             node.replace_all_uses_with(node.all_input_nodes[0])
@@ -107,6 +112,7 @@ def distil(
     steps: int,
     learning_rate: float = 1e-4,
     frozen_share: float = 0.25,
+    on_step: Callable[[int, int], None] | None = None,
 ) -> list[float]:
     """Trains a prepared network towards a float teacher's logits; needs images, but no labels.
 
@@ -117,6 +123,7 @@ def distil(
         steps: Optimiser steps.
         learning_rate: Of Adam at the start; it falls to zero along a cosine.
         frozen_share: The share of steps, at the end, with frozen ranges.
+        on_step: Told (steps done, steps in all).
 
     Returns:
         The loss of every step: the Kullback-Leibler divergence from the teacher's class probabilities.
@@ -144,6 +151,8 @@ def distil(
         optimiser.step()
         schedule.step()
         losses.append(float(loss.detach()))
+        if on_step is not None:
+            on_step(step + 1, steps)
     prepared.eval()
     if len(losses) < steps:
         raise TrainingError(f"the images ran out after {len(losses)} of {steps} steps", hint="repeat the images")

@@ -1,6 +1,17 @@
 """Runs exported files over a data set with their real runtimes and judges them against the network they came from."""
 
-__all__ = ["FileReport", "Opinion", "Thresholds", "Verification", "WorstImage", "verify"]
+__all__ = [
+    "FileReport",
+    "Labelled",
+    "Opinion",
+    "Thresholds",
+    "Verification",
+    "WorstImage",
+    "judge",
+    "names_of",
+    "second_opinion",
+    "verify",
+]
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -43,6 +54,20 @@ class Thresholds:
     def float32(cls) -> "Thresholds":
         """For float32 files: rounding only."""
         return cls(min_agreement=0.995, max_drop_points=0.5, max_relative_error=1e-4)
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Predictions on images whose classes are known.
+
+    Attributes:
+        logits, reference: Of the file and of the network, [n, classes].
+        labels: Classes, [n]; those of -1 are left out.
+    """
+
+    logits: Logits
+    reference: Logits
+    labels: npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -158,19 +183,22 @@ def verify(
     torch_logits, file_logits, labels = _predict_all(network, predictors, source, batch_size, say)
     if not np.isfinite(torch_logits).all():
         raise VerifyError("the network itself predicts NaN or infinity", hint="its weights are damaged")
-    names = _names(source, len(torch_logits))
+    names = names_of(source, len(torch_logits))
     given = thresholds or {}
     reports = tuple(
-        _report(path, logits, torch_logits, labels, names, given.get(path.name) or _usual(path), worst)
+        judge(
+            path.name,
+            logits,
+            torch_logits,
+            Labelled(logits, torch_logits, labels),
+            names=names,
+            limits=given.get(path.name) or _usual(path),
+            worst=worst,
+        )
         for path, logits in zip(paths, file_logits, strict=True)
     )
     opinions = tuple(
-        Opinion(
-            paths[i].name,
-            paths[j].name,
-            _agreement(file_logits[i], file_logits[j]),
-            _largest(np.abs(file_logits[i] - file_logits[j])),
-        )
+        second_opinion(paths[i].name, file_logits[i], paths[j].name, file_logits[j])
         for i in range(len(paths))
         for j in range(i + 1, len(paths))
         if paths[i].suffix != paths[j].suffix and _precision(paths[i]) == _precision(paths[j])
@@ -205,27 +233,45 @@ def _predict_all(
     return np.concatenate(theirs), [np.concatenate(logits) for logits in ours], np.concatenate(labels)
 
 
-def _names(source: "ImageSource", count: int) -> list[str]:
-    """The name of every image that was predicted: those that could not be decoded were left out."""
+def names_of(source: "ImageSource", count: int) -> list[str]:
+    """The name of every image that was predicted, of `count`: those that could not be decoded were left out."""
     unreadable = getattr(source, "unreadable", {})
     read = [i for i in range(len(source)) if source.paths(i) is None or source.paths(i) not in unreadable]
     return [source.describe(i) for i in read[:count]]
 
 
-def _report(
-    path: Path,
+def second_opinion(first: str, first_logits: Logits, second: str, second_logits: Logits) -> Opinion:
+    """Compares the predictions of two files of one network on the same images."""
+    error = _largest(np.abs(first_logits - second_logits))
+    return Opinion(first, second, _agreement(first_logits, second_logits), error)
+
+
+def judge(
+    file: str,
     logits: Logits,
     reference: Logits,
-    labels: npt.NDArray[np.int64],
-    names: list[str],
+    labelled: Labelled,
+    *,
+    names: Sequence[str],
     limits: Thresholds,
-    worst: int,
+    worst: int = 5,
 ) -> FileReport:
+    """Holds a file's predictions against its network's.
+
+    Args:
+        file: The file's name.
+        logits: The file's predictions of the evaluation images, [N, classes].
+        reference: The network's predictions of the same images.
+        labelled: Predictions that accuracy is taken from; the same images, or a labelled set of its own.
+        names: The evaluation images' names.
+        limits: What the file must keep.
+        worst: How many worst images to name.
+    """
     error = np.abs(logits - reference)
-    per_image = np.nan_to_num(error.max(axis=1), nan=np.inf)
-    labelled = labels >= 0
-    top1 = _accuracy(logits[labelled], labels[labelled], 1)
-    network_top1 = _accuracy(reference[labelled], labels[labelled], 1)
+    per_image = np.nan_to_num(error.max(axis=1), nan=_NOT_A_NUMBER)
+    known = labelled.labels >= 0
+    top1 = _accuracy(labelled.logits[known], labelled.labels[known], 1)
+    network_top1 = _accuracy(labelled.reference[known], labelled.labels[known], 1)
     agreement = _agreement(logits, reference)
     relative = _largest(error) / max(float(np.abs(reference).max()), 1e-12)
     reasons = []
@@ -240,12 +286,12 @@ def _report(
         drop = 100 * (network_top1 - top1)
         if drop > limits.max_drop_points:
             reasons.append(f"loses {drop:.2f} points of top-1, {limits.max_drop_points:g} allowed")
-    order = np.argsort(-per_image)[:worst]
+    order = np.argsort(-per_image, kind="stable")[:worst]
     return FileReport(
-        path.name,
+        file,
         len(logits),
         top1,
-        _accuracy(logits[labelled], labels[labelled], 5) if logits.shape[1] > 5 else None,
+        _accuracy(labelled.logits[known], labelled.labels[known], 5) if logits.shape[1] > 5 else None,
         network_top1,
         agreement,
         _largest(error),

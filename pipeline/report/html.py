@@ -16,7 +16,7 @@ def render(report: RunReport) -> str:
     )
     return environment.get_template("report.html.j2").render(
         report=report,
-        tables=table.reduction_tables(report),
+        tables=table.all_tables(report),
         facts=table.facts_lines(report),
         figures=[
             (title, Markup(svg))

@@ -1,37 +1,12 @@
 """The reduction table: baseline against folded, as rows that Markdown, HTML and the terminal share."""
 
-__all__ = ["Row", "Table", "facts_lines", "markdown", "reduction_tables", "terminal_table"]
+__all__ = ["Row", "Table", "all_tables", "facts_lines", "markdown", "reduction_tables", "terminal_table"]
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from pipeline.report import checks
+from pipeline.report.rows import KINDS, Row, Table, percent
 from pipeline.results.schema import LatencyRow, RunReport
-
-_KINDS = {
-    "torch": "torch",
-    "tflite_fp32": "TFLite fp32",
-    "tflite_int8": "TFLite int8",
-    "onnx_fp32": "ONNX fp32",
-    "onnx_int8": "ONNX int8",
-}
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of a table; `failed` makes it red."""
-
-    cells: tuple[str, ...]
-    failed: bool = False
-
-
-@dataclass(frozen=True)
-class Table:
-    """A titled table of text cells."""
-
-    title: str
-    header: tuple[str, ...]
-    rows: tuple[Row, ...]
-    note: str = ""
 
 
 def reduction_tables(report: RunReport) -> list[Table]:
@@ -40,6 +15,11 @@ def reduction_tables(report: RunReport) -> list[Table]:
     if report.paper is not None:
         tables.append(_paper(report))
     return tables
+
+
+def all_tables(report: RunReport) -> list[Table]:
+    """The tables of `reduction_tables`, then those that show how every file was checked."""
+    return [*reduction_tables(report), *checks.check_tables(report)]
 
 
 def facts_lines(report: RunReport) -> list[str]:
@@ -55,9 +35,31 @@ def facts_lines(report: RunReport) -> list[str]:
         f"{report.fold_changed_predictions} of {report.eval_images} predictions changed by the fold itself",
         f"weights: {report.weights}",
         f"data: {report.data}, {report.eval_images} evaluation images",
+        *_calibration_lines(report),
         f"seed {report.seed}; {versions}",
         f"stages: {hashes}",
     ]
+
+
+def _calibration_lines(report: RunReport) -> list[str]:
+    taken = report.calibration
+    if taken is None:
+        return []
+    options = ", ".join(f"{key} {_plain(value)}" for key, value in report.quantised.items() if value != [])
+    lines = [
+        f"int8: {options}; calibrated on {taken.count} images of {taken.source} "
+        f"(seed {taken.seed}, sha256 {taken.sha256[:12]})"
+    ]
+    if taken.skipped:
+        named = "; ".join(f"{path} ({reason})" for path, reason in taken.skipped.items())
+        lines.append(f"{len(taken.skipped)} damaged calibration images left out: {named}")
+    return lines
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def markdown(report: RunReport) -> str:
@@ -67,7 +69,7 @@ def markdown(report: RunReport) -> str:
         lines += [report.description.strip(), ""]
     for failure in report.failures:
         lines += [f"**FAILED** {failure}", ""]
-    for table in reduction_tables(report):
+    for table in all_tables(report):
         lines += [f"## {table.title}", "", _md_line(table.header), _md_line(["---"] * len(table.header))]
         lines += [_md_line([f"**{c}**" if row.failed and c else c for c in row.cells]) for row in table.rows]
         lines += ["", *([table.note, ""] if table.note else [])]
@@ -131,13 +133,13 @@ def _predictions(report: RunReport) -> list[Table]:
     if report.baseline.accuracy:
         rows = []
         torch_accuracy = report.baseline.accuracy["torch"]
-        for kind, label in _KINDS.items():
+        for kind, label in KINDS.items():
             before, after = report.baseline.accuracy.get(kind), report.folded.accuracy.get(kind)
             if before is None and after is None:
                 continue
             drop = "" if after is None else f"{100 * (torch_accuracy - after):+.2f}"
             red = ("baseline", kind) in failed or ("folded", kind) in failed
-            rows.append(Row((label, _percent(before), _percent(after), drop), red))
+            rows.append(Row((label, percent(before), percent(after), drop), red))
         note = (
             f"Top-1 on {report.labelled_images} labelled images; "
             "drop in points of the folded file against the baseline in torch."
@@ -147,10 +149,10 @@ def _predictions(report: RunReport) -> list[Table]:
         tables.append(Table("Accuracy", ("", "baseline", "folded", "drop"), tuple(rows), note))
     rows = [
         Row(
-            (label, _percent(report.baseline.agreement.get(kind)), _percent(report.folded.agreement.get(kind))),
+            (label, percent(report.baseline.agreement.get(kind)), percent(report.folded.agreement.get(kind))),
             ("baseline", kind) in failed or ("folded", kind) in failed,
         )
-        for kind, label in _KINDS.items()
+        for kind, label in KINDS.items()
         if kind in report.baseline.agreement or kind in report.folded.agreement
     ]
     tables.append(
@@ -166,7 +168,7 @@ def _predictions(report: RunReport) -> list[Table]:
 
 def _latency(report: RunReport) -> Table:
     return Table(
-        "Latency of one image (median)",
+        "Latency of one image (median)" if report.batch == 1 else f"Latency of {report.batch} images (median)",
         ("target", "precision", "baseline", "folded", "change", "95% interval of the ratio"),
         tuple(Row(_latency_cells(row), row.ratio is None) for row in report.latency),
         "Baseline and folded interleaved; read the ratio, not the milliseconds, on a shared machine.",
@@ -188,7 +190,7 @@ def _latency_cells(row: LatencyRow) -> tuple[str, ...]:
 
 def _files(report: RunReport) -> Table:
     rows = []
-    for kind, label in _KINDS.items():
+    for kind, label in KINDS.items():
         before = next((f for k, f in report.baseline.files.items() if k == kind), None)
         after = next((f for k, f in report.folded.files.items() if k == kind), None)
         if before is not None and after is not None:
@@ -208,7 +210,7 @@ def _paper(report: RunReport) -> Table:
         f"Beside the paper's {paper.model}",
         ("", "this run", "paper (ImageNet, Titan X Pascal)"),
         (
-            Row(("accuracy", _percent(after.accuracy.get("torch")), _percent(paper.accuracy))),
+            Row(("accuracy", percent(after.accuracy.get("torch")), percent(paper.accuracy))),
             Row(
                 (
                     "drop, points",
@@ -230,10 +232,6 @@ def _paper(report: RunReport) -> Table:
 
 def _md_line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.2f}%"
 
 
 def _change(before: float, after: float) -> str:

@@ -12,7 +12,19 @@ from pipeline.artifacts import StageOutput
 from pipeline.errors import ArtifactError, RecipeError, nearest
 from pipeline.recipe import Recipe
 from pipeline.results.paper import IMAGENET_ROWS
-from pipeline.results.schema import FileEntry, FileKind, LatencyRow, ModelResult, PaperRow, RunReport, VerifyRow
+from pipeline.results.schema import (
+    CalibrationEntry,
+    CensusRow,
+    FileEntry,
+    FileKind,
+    LatencyRow,
+    ModelResult,
+    NoiseRow,
+    OpinionRow,
+    PaperRow,
+    RunReport,
+    VerifyRow,
+)
 from pipeline.versions import stack
 
 FILE_SUFFIXES: dict[FileKind, str] = {
@@ -20,6 +32,10 @@ FILE_SUFFIXES: dict[FileKind, str] = {
     "tflite_int8": ".int8.tflite",
     "onnx_fp32": ".onnx",
     "onnx_int8": ".int8.onnx",
+    "tflite_fp16": ".fp16.tflite",
+    "tflite_dynamic": ".dynamic.tflite",
+    "onnx_fp16": ".fp16.onnx",
+    "onnx_dynamic": ".dynamic.onnx",
 }
 
 
@@ -32,6 +48,8 @@ def collect(recipe: Recipe, stages: Mapping[str, StageOutput]) -> RunReport:
     """
     prefold, fold, verify = stages["prefold"].metrics, stages["fold"].metrics, stages["verify"].metrics
     rows = [VerifyRow.model_validate(row) for row in verify["files"]]
+    opinions = [OpinionRow.model_validate(row) for row in verify["opinions"]]
+    quantize = stages["quantize"].metrics
     latency = [LatencyRow.model_validate(row) for row in stages["bench"].metrics["latency"]]
     baseline = stages["baseline"].metrics
     return RunReport(
@@ -58,7 +76,14 @@ def collect(recipe: Recipe, stages: Mapping[str, StageOutput]) -> RunReport:
         verify=rows,
         latency=latency,
         paper=paper_row(recipe.report.paper),
+        batch=recipe.export.batch,
+        opinions=opinions,
+        census=_census(stages),
+        noise=[NoiseRow.model_validate(row) for row in quantize["noise"]],
+        calibration=CalibrationEntry.model_validate(quantize["calibration"]),
+        quantised=quantize["options"],
         failures=[f"{row.model} {row.kind}: {row.reason}" for row in rows if not row.passed]
+        + [f"{row.model} {row.first} and {row.second}: {row.reason}" for row in opinions if not row.passed]
         + [f"bench {row.target} {row.precision}: {row.note}" for row in latency if row.ratio is None],
     )
 
@@ -94,6 +119,18 @@ def load_report(path: Path) -> RunReport:
             f"{path} does not fit the report schema: {error.errors()[0]['loc']}: {error.errors()[0]['msg']}",
             hint="make it anew with `layerfold run`",
         ) from error
+
+
+def _census(stages: Mapping[str, StageOutput]) -> list[CensusRow]:
+    rows = []
+    for which in ("baseline", "folded"):
+        for kind, suffix in FILE_SUFFIXES.items():
+            for stage in ("export", "quantize"):
+                found = stages[stage].metrics["census"].get(f"{which}{suffix}")
+                if found is not None:
+                    shown = {key: value for key, value in found.items() if key != "weights"}
+                    rows.append(CensusRow.model_validate({"model": which, "kind": kind, **shown}))
+    return rows
 
 
 def _model(

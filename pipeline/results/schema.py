@@ -5,7 +5,21 @@ medians in milliseconds; `ratio` is folded over baseline with its 95 % interval.
 field changes meaning or goes away; new fields may come without.
 """
 
-__all__ = ["SCHEMA_VERSION", "FileEntry", "LatencyRow", "ModelResult", "PaperRow", "RunReport", "VerifyRow"]
+__all__ = [
+    "SCHEMA_VERSION",
+    "CalibrationEntry",
+    "CensusRow",
+    "FileEntry",
+    "FileKind",
+    "LatencyRow",
+    "ModelResult",
+    "NoiseRow",
+    "OpinionRow",
+    "PaperRow",
+    "RunReport",
+    "VerifyRow",
+    "WorstImageRow",
+]
 
 from typing import Literal
 
@@ -13,7 +27,16 @@ from pydantic import BaseModel, ConfigDict
 
 SCHEMA_VERSION = 1
 
-FileKind = Literal["tflite_fp32", "tflite_int8", "onnx_fp32", "onnx_int8"]
+FileKind = Literal[
+    "tflite_fp32",
+    "tflite_int8",
+    "onnx_fp32",
+    "onnx_int8",
+    "tflite_fp16",
+    "tflite_dynamic",
+    "onnx_fp16",
+    "onnx_dynamic",
+]
 
 
 class _Part(BaseModel):
@@ -43,8 +66,22 @@ class ModelResult(_Part):
     files: dict[FileKind, FileEntry]
 
 
+class WorstImageRow(_Part):
+    """An image on which a file and its torch model differ most."""
+
+    index: int
+    name: str
+    max_abs_error: float
+    network_class: int
+    file_class: int
+
+
 class VerifyRow(_Part):
-    """One exported file against the torch model it came from."""
+    """One exported file against the torch model it came from.
+
+    `relative_error` is the largest logit difference over the torch model's largest logit; `worst` lists the images
+    with the largest differences, worst first.
+    """
 
     model: Literal["baseline", "folded"]
     kind: FileKind
@@ -55,6 +92,60 @@ class VerifyRow(_Part):
     mean_abs_logit_error: float
     passed: bool
     reason: str
+    top5: float | None = None
+    relative_error: float | None = None
+    worst: list[WorstImageRow] = []
+
+
+class OpinionRow(_Part):
+    """Two files of one model and precision in two formats, compared with each other on the evaluation images."""
+
+    model: Literal["baseline", "folded"]
+    first: FileKind
+    second: FileKind
+    agreement: float
+    max_abs_logit_difference: float
+    passed: bool
+    reason: str
+
+
+class CensusRow(_Part):
+    """What a file holds: operators by type, activations fused into others, and how unevenly its weights spread.
+
+    `widest_spread` is the largest absolute weight of layer `widest_layer` over its median channel's, the largest of all
+    layers: what one weight scale for the tensor would waste.
+    """
+
+    model: Literal["baseline", "folded"]
+    kind: FileKind
+    ops: dict[str, int]
+    fused_activations: dict[str, int]
+    float_tensors: list[str]
+    widest_layer: str | None
+    widest_spread: float | None
+    findings: list[str]
+
+
+class NoiseRow(_Part):
+    """What int8 leaves of one unit's output: signal over noise in decibels, None where nothing changed."""
+
+    model: Literal["baseline", "folded"]
+    file: str
+    name: str
+    folded: bool
+    sqnr_db: float | None
+    worst_channel_db: float | None
+
+
+class CalibrationEntry(_Part):
+    """The images that int8 was calibrated on; `sha256` is over their normalised pixels in order."""
+
+    source: str
+    seed: int
+    asked: int
+    count: int
+    sha256: str
+    skipped: dict[str, str]
 
 
 class LatencyRow(_Part):
@@ -111,3 +202,9 @@ class RunReport(_Part):
     latency: list[LatencyRow]
     paper: PaperRow | None
     failures: list[str]
+    batch: int = 1
+    opinions: list[OpinionRow] = []
+    census: list[CensusRow] = []
+    noise: list[NoiseRow] = []
+    calibration: CalibrationEntry | None = None
+    quantised: dict[str, str | bool | float | int | list[str]] = {}

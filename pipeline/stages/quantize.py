@@ -1,59 +1,149 @@
-"""Stage 6: static int8 of every float file, calibrated on training images."""
+"""Stage 6: static int8 of every float file, calibrated on training images, after training with rounding if asked."""
 
 __all__ = ["run"]
 
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+from torch import Tensor, fx
 
-from pipeline.export import metadata, quantize
-from pipeline.export.equalise import equalise
-from pipeline.export.lowering import lower
+from pipeline.export import metadata, sqnr
+from pipeline.export.calibration import Calibration, collect
+from pipeline.export.conversion import EXPORTERS, Checked, check, file_name
+from pipeline.export.int8 import Int8Options, operate, quantise
+from pipeline.folding.units import find_units
+from pipeline.recipe import Recipe
 from pipeline.stages import StageContext, workbench
-from pipeline.stages.export import EXPORTERS, MODELS
+from pipeline.stages.export import MODELS, census_record, judge, pixel_input, prepared
 
 _CALIBRATION_BATCH = 16
 
 
 def run(context: StageContext) -> dict[str, Any]:
-    """Quantises both networks in the recipe's formats; the calibration images are drawn by seed, never from `eval`."""
-    recipe = context.recipe
-    source = workbench.split(recipe, "calibration", limit=recipe.quantize.calibration_images)
-    images = [batch.numpy() for batch, _ in source.batches(_CALIBRATION_BATCH)]  # decoded once for all files
-    quantisers = {"tflite": quantize.tflite_int8, "onnx": quantize.onnx_int8}
-    jobs = [(which, form) for which in MODELS for form in recipe.export.formats]
+    """Quantises both networks in the recipe's formats.
+
+    The calibration images are drawn by seed, decoded once for all files, and recorded: how many, which (a digest), and
+    which could not be read.
+
+    Raises:
+        DataError: Too many calibration images are damaged, or the split is one that judges the result.
+        ExportError: A file cannot be quantised, or the census gate fails; the files stay in the stage's unfinished
+            folder for inspection.
+        TrainingError: Quantisation-aware training diverges.
+    """
+    recipe, section = context.recipe, context.recipe.quantize
+    options = options_of(recipe)
+    taken = _calibration(context)
+    record = {"quantised": options.as_dict(), "calibration": taken.as_dict()}
     (context.work / "models").mkdir(exist_ok=True)
-    spreads: dict[str, Any] = {}
-    for done, (which, form) in enumerate(jobs):
-        context.report.progress(done, len(jobs), f"{which}.{form} to int8")
-        exported = context.inputs["export"].file(f"models/{which}.{form}")
-        float_file = exported
-        if recipe.quantize.equalise:
-            float_file, spreads[which] = _equalised(context, which, form, images)
-        path = context.work / "models" / f"{which}.int8.{form}"
-        quantisers[form](float_file, path, images)
-        metadata.write(path, metadata.read(exported) | {"calibration_images": len(source)})
+    total = len(MODELS) * len(recipe.export.formats)
+    checked: list[Checked] = []
+    infos: dict[str, Any] = {}
+    operated: dict[str, Any] = {}
+    noise: list[dict[str, Any]] = []
+    for which in MODELS:
+        context.report.progress(len(checked), total, f"{which} made ready for int8")
+        source = prepared(context, which)
+        ready = operate(
+            source.network,
+            taken.batches,
+            options,
+            training=_training_images(recipe) if section.method == "qat" else None,
+            on_step=lambda done, steps, which=which: context.report.progress(  # type: ignore[misc]
+                done, steps, f"{which}: training with rounding"
+            ),
+        )
+        operated[which] = ready.as_dict()
+        for form in recipe.export.formats:
+            context.report.progress(len(checked), total, f"{which}.{form} to int8")
+            exported = context.inputs["export"].file(f"models/{file_name(which, 'fp32', form)}")
+            float_file = exported
+            if ready.network is not source.network:
+                float_file = _float_file(context, ready.network, source.example, f"{which}.operated.{form}")
+            path = context.work / "models" / file_name(which, "int8", form)
+            info = quantise(float_file, path, taken.batches, options, name=exported.name)
+            content = metadata.read(exported)
+            metadata.write(path, content | record | {"precision": "int8", "converter": info.converter})
+            found = check(
+                path,
+                pads=source.pads,
+                allow_operators=recipe.export.allow_operators,
+                float_units=section.float_units,
+            )
+            checked.append(found)
+            infos[path.name] = info.as_dict() | {"advice": list(found.advice)}
+            if form == recipe.export.formats[0] and section.noise_images:
+                reference = float_file
+                if ready.reference is not ready.network:
+                    reference = _float_file(context, ready.reference, source.example, f"{which}.reference.{form}")
+                noise += _noise(context, which, reference, path, taken)
+    judge(context, checked)
+    for damaged, reason in taken.skipped.items():
+        context.report.say(f"calibration: left out {damaged}: {reason}")
     return {
-        "calibration_images": len(source),
-        "calibration_source": source.name,
-        "equalised": spreads,
-        "summary": f"{len(jobs)} int8 files, calibrated on {len(source)} images of {source.name}",
+        "calibration": taken.as_dict(),
+        "options": options.as_dict(),
+        "networks": operated,
+        "files": infos,
+        "census": {item.census.file: census_record(item) for item in checked},
+        "noise": noise,
+        "summary": f"{total} int8 files ({section.method}), calibrated on {taken.count} images of {taken.source}"
+        + (f", {len(taken.skipped)} damaged ones left out" if taken.skipped else ""),
     }
 
 
-def _equalised(
-    context: StageContext, which: str, form: str, images: list[NDArray[np.float32]]
-) -> tuple[Path, dict[str, Any]]:
-    """A float file whose layers share their weight ranges, and how far each layer's channels spread before and after.
+def options_of(recipe: Recipe) -> Int8Options:
+    """The recipe's section `quantize` as the library takes it."""
+    section = recipe.quantize
+    return Int8Options(
+        method=section.method,
+        equalise=section.equalise,
+        bias_correction=section.bias_correction,
+        per_channel=section.per_channel,
+        ranges=section.ranges,
+        percentile=section.percentile,
+        float_units=section.float_units,
+        qat_steps=section.qat.steps,
+        qat_learning_rate=section.qat.lr,
+    )
 
-    Folded kernels multiply the scales of several norms, so their channels spread over decades; one int8 scale per
-    output channel cannot hold that, but the layer before can take a part of it.
-    """
-    stage = "baseline" if which == "baseline" else "postfold"
-    network = lower(workbench.load_model(context, stage, f"models/{which}.pt"), workbench.example(context.recipe))
-    balanced, pairs = equalise(network, images)
-    path = context.checkpoints / f"{which}-equalised.{form}"
-    EXPORTERS[form](balanced, workbench.example(context.recipe), path)
-    return path, {pair.first: [round(pair.spread_before, 3), round(pair.spread_after, 3)] for pair in pairs}
+
+def _calibration(context: StageContext) -> Calibration:
+    recipe, section = context.recipe, context.recipe.quantize
+    source = workbench.split(recipe, section.calibration_split, limit=section.calibration_images)
+    context.report.progress(0, 1, f"reading {len(source)} calibration images")
+    return collect(source, asked=section.calibration_images, seed=recipe.seed, batch_size=_CALIBRATION_BATCH)
+
+
+def _training_images(recipe: Recipe) -> Iterator[Tensor]:
+    """Augmented training images, epoch after epoch."""
+    source = workbench.split(recipe, "train")
+    size = min(recipe.quantize.qat.batch_size, len(source))
+    for epoch in itertools.count():
+        for images, _ in source.batches(size, train=True, seed=recipe.seed, epoch=epoch):
+            yield images
+
+
+def _float_file(context: StageContext, network: fx.GraphModule, example: Tensor, name: str) -> Path:
+    """A float file of a network after surgery, in a folder that is dropped when the stage is done."""
+    path = context.checkpoints / name
+    EXPORTERS[path.suffix.removeprefix(".")](network, example, path, pixels=pixel_input(context.recipe))
+    return path
+
+
+def _noise(
+    context: StageContext, which: str, reference: Path, quantised: Path, taken: Calibration
+) -> list[dict[str, Any]]:
+    """What quantisation leaves of each unit's output, in network order; a layer outside every unit is its own row."""
+    recipe = context.recipe
+    images, left = [], recipe.quantize.noise_images
+    for batch in taken.batches:
+        images.append(batch[: max(left, 0)])
+        left -= len(batch)
+    baseline = workbench.load_model(context, "baseline", "models/baseline.pt")
+    units = [unit.name for unit in find_units(baseline)]
+    folded = set() if which == "baseline" else set(context.inputs["postfold"].metrics["units_folded"])
+    rows = sqnr.unit_noise(sqnr.layer_noise(reference, quantised, images), units)
+    return [{"model": which, "file": quantised.name, "folded": row.name in folded, **row.as_dict()} for row in rows]

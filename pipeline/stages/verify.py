@@ -2,9 +2,10 @@
 
 __all__ = ["run"]
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import combinations
 from typing import Any, get_args
 
 import numpy as np
@@ -13,16 +14,19 @@ from numpy.typing import NDArray
 from torch import nn
 
 from pipeline.data.sources import ImageSource
+from pipeline.errors import VerifyError
 from pipeline.export import runtimes
+from pipeline.export.conversion import file_name
+from pipeline.export.verify import FileReport, Labelled, Thresholds, judge, names_of, second_opinion
 from pipeline.recipe import Recipe
-from pipeline.results.collect import FILE_SUFFIXES
-from pipeline.results.schema import FileKind, VerifyRow
+from pipeline.results.schema import FileKind, OpinionRow, VerifyRow, WorstImageRow
 from pipeline.stages import StageContext, workbench
 from pipeline.stages.export import MODELS
 
 Logits = NDArray[np.float32]
 _Batches = Callable[[], Iterable[NDArray[np.float32]]]
 _LARGEST_CACHE_BYTES = 1 << 30
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -33,51 +37,170 @@ class _Predictions:
     labelled: Logits
 
 
+@dataclass
+class _Images:
+    """The images that every model is shown, and how far the stage has come with all of them."""
+
+    recipe: Recipe
+    source: ImageSource
+    labelled: ImageSource | None
+    report: Callable[[float, float, str], None]
+    models: int
+    done: int = 0
+
+    def __post_init__(self) -> None:
+        self.evaluation = _batches(self.source, self.recipe)
+        self.separate = None if self.labelled in (None, self.source) else _batches(self.labelled, self.recipe)
+        self.total = self.models * len(self.source)
+
+    def predict(self, predict: Callable[[NDArray[np.float32]], Logits], label: str) -> _Predictions:
+        """Runs a model over all of them, batch by batch."""
+        evaluated = []
+        for images in self.evaluation():
+            self.report(self.done, self.total, f"{label} on {len(self.source)} images")
+            evaluated.append(predict(images))
+            self.done += len(images)
+        if not evaluated:
+            raise VerifyError(f"{self.source.name} holds no readable images", hint="point the eval split at images")
+        logits = np.concatenate(evaluated)
+        if self.separate is not None:
+            return _Predictions(logits, np.concatenate([predict(images) for images in self.separate()]))
+        return _Predictions(logits, logits if self.labelled is not None else logits[:0])
+
+
 def run(context: StageContext) -> dict[str, Any]:
-    """Predicts the evaluation images with every file and judges agreement and accuracy by the recipe's thresholds."""
+    """Predicts the evaluation images with every file and judges it by the recipe's thresholds.
+
+    A file that fails becomes a failed row: the stage ends well, the files stay, and the run exits with 1.
+
+    Raises:
+        VerifyError: There are no images, or a torch model itself predicts something that is not finite.
+    """
     recipe = context.recipe
     evaluation = workbench.split(recipe, "eval")
     labelled = evaluation if evaluation.labelled else workbench.labelled(recipe)
     labels = np.empty(0, dtype=np.int64) if labelled is None else _labels(labelled, recipe.verify.batch_size)
-    evaluated_images = _batches(evaluation, recipe)
-    labelled_images: _Batches | None = evaluated_images
-    if labelled is not evaluation:
-        labelled_images = None if labelled is None else _batches(labelled, recipe)
-    kinds = [kind for kind in get_args(FileKind) if kind.split("_")[0] in recipe.export.formats]
-    total = len(MODELS) * (1 + len(kinds))
-    done = 0
+    kinds = _kinds(recipe)
+    images = _Images(recipe, evaluation, labelled, context.report.progress, len(MODELS) * (1 + len(kinds)))
     rows: list[VerifyRow] = []
+    opinions: list[OpinionRow] = []
     accuracy: dict[str, dict[str, float]] = {which: {} for which in MODELS}
     agreement: dict[str, dict[str, float]] = {which: {} for which in MODELS}
     original: Logits | None = None
     for which in MODELS:
-        torch_logits: _Predictions | None = None
-        for kind in ("torch", *kinds):
-            context.report.progress(done, total, f"{which} {kind} on {len(evaluation)} images")
-            logits = _predict(context, which, kind, evaluated_images, labelled_images)
-            if torch_logits is None:
-                torch_logits = logits
-            if original is None:
-                original = logits.evaluated
-            agreement[which][kind] = _same(logits.evaluated, original)
+        stage = "baseline" if which == "baseline" else "postfold"
+        module = workbench.load_model(context, stage, f"models/{which}.pt")
+        reference = images.predict(partial(_torch_predict, module), f"{which} torch")
+        if not np.isfinite(reference.evaluated).all():
+            raise VerifyError(f"the {which} network itself predicts NaN or infinity", hint="lower the learning rate")
+        original = reference.evaluated if original is None else original
+        predicted: dict[FileKind, _Predictions] = {}
+        for kind in kinds:
+            form, precision = _form(kind), _precision(kind)
+            parent = context.inputs["quantize" if precision == "int8" else "export"]
+            predictor = runtimes.open_model(parent.file(f"models/{file_name(which, precision, form)}"))
+            predicted[kind] = images.predict(predictor.predict, f"{which} {kind}")
+        names = names_of(evaluation, len(reference.evaluated))
+        for kind, logits in predicted.items():
+            truth = Labelled(logits.labelled, reference.labelled, labels)
+            limits = _limits(recipe, _precision(kind))
+            found = judge(
+                file_name(which, _precision(kind), _form(kind)),
+                logits.evaluated,
+                reference.evaluated,
+                truth,
+                names=names,
+                limits=limits,
+                worst=recipe.verify.worst_images,
+            )
+            rows.append(_row(which, kind, found))
+        opinions += _opinions(recipe, which, predicted)
+        for name, some in (("torch", reference), *predicted.items()):
+            agreement[which][name] = float((some.evaluated.argmax(1) == original.argmax(1)).mean())
             if len(labels):
-                accuracy[which][kind] = float((logits.labelled.argmax(1) == labels).mean())
-            if kind != "torch":
-                rows.append(_judge(recipe, which, kind, logits, torch_logits, accuracy[which]))
-            done += 1
-    failed = [row for row in rows if not row.passed]
+                accuracy[which][name] = float((some.labelled.argmax(1) == labels).mean())
+    failed = [row.passed for row in rows].count(False) + [row.passed for row in opinions].count(False)
     return {
         "eval_images": len(evaluation),
         "labelled_images": len(labels),
         "accuracy": accuracy,
         "agreement": agreement,
         "files": [row.model_dump() for row in rows],
-        "summary": f"{len(rows) - len(failed)} of {len(rows)} files predict as their torch model does",
+        "opinions": [row.model_dump() for row in opinions],
+        "summary": f"{len(rows)} files against their torch models, {len(opinions)} against each other: "
+        + (f"{failed} checks failed" if failed else "all passed"),
     }
 
 
-def _batches(source: ImageSource, recipe: Recipe) -> _Batches:
-    """Network inputs in order, as often as asked; a set that fits in memory is decoded once for all ten models."""
+def _kinds(recipe: Recipe) -> list[FileKind]:
+    precisions = ("fp32", "int8", *recipe.export.precisions)
+    kinds: tuple[FileKind, ...] = get_args(FileKind)
+    return [kind for kind in kinds if _form(kind) in recipe.export.formats and _precision(kind) in precisions]
+
+
+def _form(kind: FileKind) -> str:
+    return kind.split("_")[0]
+
+
+def _precision(kind: FileKind) -> str:
+    return kind.split("_")[1]
+
+
+def _limits(recipe: Recipe, precision: str) -> Thresholds:
+    section = recipe.verify
+    if precision == "fp32":
+        return Thresholds(section.fp32_min_agreement, None, section.fp32_max_relative_error)
+    if precision == "fp16":
+        return Thresholds(section.fp16_min_agreement)
+    return Thresholds(section.int8_min_agreement, section.int8_max_drop_points)
+
+
+def _row(which: str, kind: FileKind, found: FileReport) -> VerifyRow:
+    return VerifyRow.model_validate(
+        {
+            "model": which,
+            "kind": kind,
+            "images": found.images,
+            "accuracy": found.top1,
+            "top5": found.top5,
+            "agreement": found.agreement,
+            "max_abs_logit_error": found.max_abs_error,
+            "mean_abs_logit_error": found.mean_abs_error,
+            "relative_error": min(found.relative_error, _LARGEST),
+            "worst": [WorstImageRow.model_validate(asdict(image)) for image in found.worst],
+            "passed": found.passed,
+            "reason": "; ".join(found.reasons),
+        }
+    )
+
+
+def _opinions(recipe: Recipe, which: str, predicted: dict[FileKind, _Predictions]) -> list[OpinionRow]:
+    """What files of two formats and one precision think of each other."""
+    least = recipe.verify.second_opinion_min_agreement
+    rows = []
+    for one, other in combinations(predicted, 2):
+        if _precision(one) != _precision(other):
+            continue
+        found = second_opinion(one, predicted[one].evaluated, other, predicted[other].evaluated)
+        passed = found.agreement >= least
+        asked = f"they agree on {100 * found.agreement:.2f}% of the images, {100 * least:.2f}% asked"
+        rows.append(
+            OpinionRow(
+                model="baseline" if which == "baseline" else "folded",
+                first=one,
+                second=other,
+                agreement=found.agreement,
+                max_abs_logit_difference=found.max_abs_error,
+                passed=passed,
+                reason="" if passed else asked,
+            )
+        )
+    return rows
+
+
+def _batches(source: ImageSource | None, recipe: Recipe) -> _Batches:
+    """Network inputs in order, as often as asked; a set that fits in memory is decoded once for all models."""
+    assert source is not None
     batch_size = recipe.verify.batch_size
 
     def fresh() -> Iterator[NDArray[np.float32]]:
@@ -89,69 +212,11 @@ def _batches(source: ImageSource, recipe: Recipe) -> _Batches:
     return lambda: kept
 
 
-def _predict(
-    context: StageContext, which: str, kind: str, evaluation: _Batches, labelled: _Batches | None
-) -> _Predictions:
-    if kind == "torch":
-        stage = "baseline" if which == "baseline" else "postfold"
-        module = workbench.load_model(context, stage, f"models/{which}.pt")
-
-        predict: Callable[[NDArray[np.float32]], Logits] = partial(_torch_predict, module)
-    else:
-        stage = "quantize" if kind.endswith("int8") else "export"
-        file: FileKind = kind  # type: ignore[assignment]  # one of the four kinds by construction
-        predict = runtimes.open_model(context.inputs[stage].file(f"models/{which}{FILE_SUFFIXES[file]}")).predict
-
-    def over(batches: Iterable[NDArray[np.float32]]) -> Logits:
-        return np.concatenate([predict(images) for images in batches])
-
-    evaluated = over(evaluation())
-    if labelled is None:
-        return _Predictions(evaluated, evaluated[:0])
-    return _Predictions(evaluated, evaluated if labelled is evaluation else over(labelled()))
-
-
 def _torch_predict(module: nn.Module, images: NDArray[np.float32]) -> Logits:
     with torch.inference_mode():
         logits: Logits = module(torch.from_numpy(images)).numpy()
     return logits
 
 
-def _judge(
-    recipe: Recipe, which: str, kind: str, logits: _Predictions, reference: _Predictions, accuracy: Mapping[str, float]
-) -> VerifyRow:
-    section = recipe.verify
-    difference = np.abs(logits.evaluated - reference.evaluated)
-    same = _same(logits.evaluated, reference.evaluated)
-    quantised = kind.endswith("int8")
-    least = section.int8_min_agreement if quantised else section.fp32_min_agreement
-    reasons = []
-    if not np.isfinite(logits.evaluated).all():
-        reasons.append("predicts NaN or infinity")
-    if same < least:
-        reasons.append(f"agrees with its torch model on {100 * same:.2f}% of the images, {100 * least:.2f}% asked")
-    if quantised and accuracy:
-        drop = 100 * (accuracy["torch"] - accuracy[kind])
-        if drop > section.int8_max_drop_points:
-            reasons.append(f"loses {drop:.2f} points against its torch model, {section.int8_max_drop_points:g} allowed")
-    return VerifyRow.model_validate(
-        {
-            "model": which,
-            "kind": kind,
-            "images": len(logits.evaluated),
-            "accuracy": accuracy.get(kind),
-            "agreement": same,
-            "max_abs_logit_error": float(np.nan_to_num(difference.max(), nan=float(np.finfo(np.float32).max))),
-            "mean_abs_logit_error": float(np.nan_to_num(difference.mean(), nan=float(np.finfo(np.float32).max))),
-            "passed": not reasons,
-            "reason": "; ".join(reasons),
-        }
-    )
-
-
 def _labels(source: ImageSource, batch_size: int) -> NDArray[np.int64]:
     return np.concatenate([labels.numpy() for _, labels in source.batches(batch_size)])
-
-
-def _same(one: Logits, other: Logits) -> float:
-    return float((one.argmax(1) == other.argmax(1)).mean())
