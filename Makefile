@@ -2,8 +2,10 @@
 SHELL := /bin/bash
 PYTHON ?= python3.11
 PY := .venv/bin/python
-STAMP := .venv/.installed
-EXTRAS := tflite,onnx,weights,data,dev
+EXTRAS ?= tflite,onnx,weights,data,dev
+comma := ,
+# Other extras are another installation: the stamp names them.
+STAMP := .venv/.installed-$(subst $(comma),-,$(EXTRAS))
 # A machine with an NVIDIA driver gets whatever torch build the package index serves; others the pinned CPU set.
 CONSTRAINTS := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo -c constraints-cpu.txt)
 
