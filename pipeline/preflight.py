@@ -5,11 +5,11 @@ A wrong unit or a data set of other classes is found here in seconds, not after 
 
 __all__ = ["check"]
 
-import targets
 from pipeline.models import weights, zoo
 from pipeline.recipe import Recipe
 from pipeline.results.collect import paper_row
 from pipeline.stages import workbench
+from pipeline.stages.bench import make_targets
 from pipeline.stages.prefold import candidates
 
 
@@ -22,7 +22,7 @@ def check(recipe: Recipe, *, load_weights: bool) -> None:
 
     Raises:
         LayerfoldError: The first thing that cannot work, with its fix.
-        TargetError: A target of `bench.targets` is unknown.
+        TargetError: A target of `bench.targets` is unknown, or does not take its options.
     """
     section = recipe.model
     model = zoo.create(
@@ -40,5 +40,4 @@ def check(recipe: Recipe, *, load_weights: bool) -> None:
     for split in ("train", "eval"):
         workbench.split(recipe, split)
     workbench.labelled(recipe)
-    for name in recipe.bench.targets:
-        targets.get(name, threads=recipe.bench.threads)
+    make_targets(recipe)

@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
@@ -168,11 +168,25 @@ class BenchSection(Section):
     """Where and how latency is measured."""
 
     targets: tuple[str, ...] = ("host-litert", "host-ort")
+    """Names that `layerfold targets list` shows, such as `emulated-arm64`, `android:SERIAL` or `ssh:user@board`."""
+    options: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Options of a target by its name in `targets`, such as `{"android:SERIAL": {accelerator: gpu, cores: [6, 7]}}`."""
+    formats: tuple[Literal["tflite", "onnx"], ...] = ()
+    """Formats to measure; empty takes every exported one that a target runs."""
     precisions: tuple[Literal["fp32", "int8"], ...] = ("fp32", "int8")
     threads: Count = 1
     warmup: Annotated[int, Field(ge=0)] = 5
     runs: Count = 30
     restarts: Count = 3
+
+    @model_validator(mode="after")
+    def _options_are_of_targets(self) -> Self:
+        for name in self.options:
+            if name not in self.targets:
+                raise ValueError(
+                    f"bench.options names '{name}', which is not in bench.targets ({', '.join(self.targets)})"
+                )
+        return self
 
 
 class ReportSection(Section):

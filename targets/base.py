@@ -233,8 +233,9 @@ class Target(Protocol):
         name: What `targets.get` calls it.
         formats: Formats of model files that it runs, out of ``tflite`` and ``onnx``.
 
-    A target may also have an attribute ``runs_here``: true means that it keeps this machine's processor busy, so that
-    such targets must take turns. Without it, it is taken to be a device of its own.
+    A target may also have the attributes ``runs_here`` (true means that it keeps this machine's processor busy, so that
+    such targets must take turns; without it, it is taken to be a device of its own) and ``precisions`` (those that it
+    runs, in the words of `Measurement.precision`; without it, all).
     """
 
     name: str

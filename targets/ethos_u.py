@@ -49,6 +49,7 @@ class EthosUTarget:
             raise OptionError(f"{device!r} is no Ethos-U", hint=f"use one of {', '.join(CONFIGURATIONS)}")
         self.name = "ethos-u"
         self.formats: tuple[str, ...] = ("tflite",)
+        self.precisions = ("int8", "int16x8")
         self.runs_here = True
         self._configuration = device
         self._timeout_s = timeout_s

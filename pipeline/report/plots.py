@@ -21,7 +21,8 @@ def latency_plot(report: RunReport) -> str:
         return ""
     figure = Figure(figsize=(7, 0.6 + 0.45 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    labels = [f"{row.target} {row.precision}" for row in rows]
+    counted = {row.target: f" ({row.metric})" for row in rows if row.metric in ("instructions", "cycles")}
+    labels = [f"{row.target} {row.precision}{counted.get(row.target, '')}" for row in rows]
     ratios = [row.ratio or 0.0 for row in rows]
     left = [max(ratio - (row.ratio_low or ratio), 0.0) for ratio, row in zip(ratios, rows, strict=True)]
     right = [max((row.ratio_high or ratio) - ratio, 0.0) for ratio, row in zip(ratios, rows, strict=True)]
@@ -29,7 +30,7 @@ def latency_plot(report: RunReport) -> str:
     axes.errorbar(ratios, range(len(rows)), xerr=[left, right], fmt="o", color=_BLUE, capsize=3)
     axes.set_yticks(range(len(rows)), labels)
     axes.invert_yaxis()
-    axes.set_xlabel("latency, folded / baseline (left of 1 is faster)")
+    axes.set_xlabel("cost of an inference, folded / baseline (left of 1 is cheaper)")
     return _svg(figure)
 
 

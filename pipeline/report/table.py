@@ -5,13 +5,14 @@ __all__ = ["Row", "Table", "all_tables", "facts_lines", "markdown", "reduction_t
 from collections.abc import Sequence
 
 from pipeline.report import checks
+from pipeline.report.latency import latency_table
 from pipeline.report.rows import KINDS, Row, Table, percent
-from pipeline.results.schema import LatencyRow, RunReport
+from pipeline.results.schema import RunReport
 
 
 def reduction_tables(report: RunReport) -> list[Table]:
     """The report's tables in reading order: cost, prediction, latency, files, and the paper's row if there is one."""
-    tables = [_cost(report), *_predictions(report), _latency(report), _files(report)]
+    tables = [_cost(report), *_predictions(report), latency_table(report), _files(report)]
     if report.paper is not None:
         tables.append(_paper(report))
     return tables
@@ -166,28 +167,6 @@ def _predictions(report: RunReport) -> list[Table]:
     return tables
 
 
-def _latency(report: RunReport) -> Table:
-    return Table(
-        "Latency of one image (median)" if report.batch == 1 else f"Latency of {report.batch} images (median)",
-        ("target", "precision", "baseline", "folded", "change", "95% interval of the ratio"),
-        tuple(Row(_latency_cells(row), row.ratio is None) for row in report.latency),
-        "Baseline and folded interleaved; read the ratio, not the milliseconds, on a shared machine.",
-    )
-
-
-def _latency_cells(row: LatencyRow) -> tuple[str, ...]:
-    target = f"{row.target} ({row.threads} thread{'s' if row.threads > 1 else ''})"
-    if row.baseline_ms is None or row.folded_ms is None or row.ratio is None:
-        return (target, row.precision, "failed", "failed", "", row.note)
-    interval = f"{row.ratio_low:.3f} to {row.ratio_high:.3f}"
-    if row.ratio_low is not None and row.ratio_high is not None and row.ratio_low <= 1 <= row.ratio_high:
-        interval += " (no difference shown)"
-    if not row.valid:
-        interval += f" ({row.note})"
-    change = f"{100 * (row.ratio - 1):+.1f}%"
-    return (target, row.precision, f"{row.baseline_ms:.3f} ms", f"{row.folded_ms:.3f} ms", change, interval)
-
-
 def _files(report: RunReport) -> Table:
     rows = []
     for kind, label in KINDS.items():
@@ -203,8 +182,8 @@ def _paper(report: RunReport) -> Table:
     paper = report.paper
     assert paper is not None
     before, after = report.baseline, report.folded
-    int8 = [row for row in report.latency if row.ratio is not None]
-    ours = "; ".join(f"{r.target} {r.precision} {100 * (1 - (r.ratio or 0)):+.1f}%" for r in int8)
+    timed = [row for row in report.latency if row.ratio is not None and row.metric.endswith("time")]
+    ours = "; ".join(f"{r.target} {r.precision} {100 * (1 - (r.ratio or 0)):+.1f}%" for r in timed)
     drop = 100 * (before.accuracy["torch"] - after.accuracy["torch"]) if "torch" in after.accuracy else None
     return Table(
         f"Beside the paper's {paper.model}",

@@ -84,7 +84,7 @@ def collect(recipe: Recipe, stages: Mapping[str, StageOutput]) -> RunReport:
         quantised=quantize["options"],
         failures=[f"{row.model} {row.kind}: {row.reason}" for row in rows if not row.passed]
         + [f"{row.model} {row.first} and {row.second}: {row.reason}" for row in opinions if not row.passed]
-        + [f"bench {row.target} {row.precision}: {row.note}" for row in latency if row.ratio is None],
+        + [f"bench {row.target} {row.precision}: {row.note}" for row in latency if row.failed],
     )
 
 

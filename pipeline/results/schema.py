@@ -149,7 +149,12 @@ class CalibrationEntry(_Part):
 
 
 class LatencyRow(_Part):
-    """Median latency of one image, baseline and folded measured interleaved; None where the target failed."""
+    """What one inference costs on a target, baseline and folded; None where the target failed or has no such figure.
+
+    `metric` is what `ratio` compares: ``time`` on the wall, ``processor time`` where others had the core for a part of
+    it, executed ``instructions`` or estimated ``cycles``, which are in `baseline_count` and `folded_count`; ``none``
+    for a check that only says whether a model compiles.
+    """
 
     target: str
     runtime: str
@@ -162,6 +167,15 @@ class LatencyRow(_Part):
     ratio_high: float | None
     valid: bool
     note: str
+    metric: Literal["time", "processor time", "instructions", "cycles", "none"] = "time"
+    baseline_count: float | None = None
+    folded_count: float | None = None
+    device: str = ""
+
+    @property
+    def failed(self) -> bool:
+        """Whether there is no figure although there should be one."""
+        return self.ratio is None and self.metric != "none"
 
 
 class PaperRow(_Part):
