@@ -6,10 +6,18 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from targets.base import Device, Measurement, OnProgress, Target
-from targets.errors import TargetError, UnexpectedError
+from targets.base import Device, DeviceKind, Measurement, OnProgress, Target
+from targets.errors import ModelFileError, TargetError, UnexpectedError
+from targets.model_file import sha256_of
 
 __all__ = ["collect"]
+
+
+# What a target's device is when it could not be asked.
+_KINDS: Mapping[str, DeviceKind] = {
+    "host-litert": "host", "host-ort": "host", "emulated-arm64": "emulated", "android": "adb", "ssh": "ssh",
+    "ethos-u": "estimator", "qnn-htp": "estimator",
+}  # fmt: skip
 
 
 class _Stopped(BaseException):
@@ -68,11 +76,12 @@ def collect(
             place = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{Path(place.filename).name}:{place.lineno}"
             failure = UnexpectedError(f"target {name} failed with {type(error).__name__}: {error} ({where})")
-        unknown = Device(id=name, kind="third-party", state="unknown")
+        base, _, instance = name.partition(":")
+        device = Device(id=instance or name, kind=_KINDS.get(base, "third-party"), state="unknown")
         return [
             Measurement.from_failure(
-                failure, target=name, model=Path(path).name, device=unknown, warmup=warmup, runs=runs,
-                restarts=restarts, quick=quick,
+                failure, target=name, model=Path(path).name, model_sha256=_sha256(path), device=device, warmup=warmup,
+                runs=runs, restarts=restarts, quick=quick,
             )
             for path in paths
         ]  # fmt: skip
@@ -92,3 +101,11 @@ def collect(
                 stopping.set()
                 raise
     return {name: found[name] for name in targets}
+
+
+def _sha256(path: Path | str) -> str:
+    try:
+        return sha256_of(Path(path))
+    except ModelFileError:
+        # The row is about a failure already, and that may well be it.
+        return ""

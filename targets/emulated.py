@@ -151,7 +151,8 @@ class EmulatedTarget:
                     # Counting again changes nothing, and user emulation has been seen to hang once in a long while.
                     if attempt == _ATTEMPTS:
                         raise
-            counts = read_counts(counts_file.read_text(encoding="ascii"), models=1, runs=runs)
+            text = counts_file.read_text(encoding="ascii") if counts_file.exists() else ""
+            counts = read_counts(text, models=1, runs=runs)
         found = reply["models"][0]
         net = net_counts(counts[0], counts[1])
         totals = [sum(row[name] for name in _INSTRUCTION_CLASSES) for row in counts[0]]

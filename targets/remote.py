@@ -35,7 +35,16 @@ __all__ = [
 PREFIX = "layerfold"
 _CLEANUP_TIMEOUT_S = 8.0
 _PUSH_ATTEMPTS = 2
-_SWEEP = 'for d in "$1"/*; do case "$d" in "$1/$2-"*) rm -rf "$d";; esac; done'
+# Removes the folders whose path begins with $1, and first ends what still runs from a program in one: a tool outlives
+# the adb or ssh that was waiting for it.
+_SWEEP = """
+ls -l /proc/[0-9]*/exe 2>/dev/null | while read -r line; do
+  case "$line" in *" -> $1"*) pid=${line##*/proc/}; kill -9 "${pid%%/exe*}" 2>/dev/null;; esac
+done
+for d in "$1"*; do
+  case "$d" in "$1"*/*) ;; *) rm -rf "$d" || exit 1;; esac
+done
+"""
 
 
 @dataclass(frozen=True)
@@ -112,9 +121,12 @@ def split_at_sentinel(stdout: str, stderr: str, nonce: str, device: str) -> Repl
     return Reply(stdout[: found.start()], stderr, int(found[1]))
 
 
-def owner_tag() -> str:
-    """Names this machine's user on a device, so that left-over folders are recognised and others' are left alone."""
-    identity = f"{os.uname().nodename}/{os.getuid()}"
+def owner_tag(device: str) -> str:
+    """Names this machine's user on a device, so that left-over folders are recognised and others' are left alone.
+
+    A device under another address has another tag, since the lock that guards the folders is by address too.
+    """
+    identity = f"{os.uname().nodename}/{os.getuid()}/{device}"
     machine_id = Path("/etc/machine-id")
     if machine_id.exists():
         identity += machine_id.read_text(encoding="ascii", errors="replace")
@@ -209,12 +221,12 @@ def workspace(remote: Remote, *, push_timeout_s: float = 300.0, shell_timeout_s:
     Raises:
         DeviceError: If the folder cannot be made.
     """
-    tag = owner_tag()
+    tag = owner_tag(remote.id)
     space = Workspace(
         remote, f"{remote.storage}/{tag}-{uuid.uuid4().hex[:12]}",
         push_timeout_s=push_timeout_s, shell_timeout_s=shell_timeout_s,
     )  # fmt: skip
-    space.check(["sh", "-c", _SWEEP, "sh", remote.storage, tag])
+    _sweep(space, f"{remote.storage}/{tag}-")
     space.check(["mkdir", "-m", "700", space.folder])
     try:
         yield space
@@ -230,4 +242,8 @@ def workspace(remote: Remote, *, push_timeout_s: float = 300.0, shell_timeout_s:
 
 
 def _remove(space: Workspace) -> None:
-    space.check(["rm", "-rf", space.folder], timeout_s=_CLEANUP_TIMEOUT_S)
+    _sweep(space, space.folder, timeout_s=_CLEANUP_TIMEOUT_S)
+
+
+def _sweep(space: Workspace, prefix: str, *, timeout_s: float | None = None) -> None:
+    space.check(["sh", "-c", _SWEEP, "sh", prefix], timeout_s=timeout_s)

@@ -36,6 +36,8 @@ _OPTIONS = (
     # A board that loses power is noticed after three silent intervals, not after the TCP timeout of minutes.
     "ServerAliveInterval=3",
     "ServerAliveCountMax=3",
+    # A master that stays in the background would keep our pipes open, and we would wait for it.
+    "ControlMaster=no",
 )
 _HOST = re.compile(r"[A-Za-z0-9_.@:\[\]%-]+")
 _UNREACHABLE = re.compile(r"could not resolve|connection refused|no route|timed out|permission denied|host key", re.I)

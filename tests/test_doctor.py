@@ -1,6 +1,8 @@
 """What the doctor finds, in surroundings made for it."""
 
+import hashlib
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from pipeline import doctor
 from pipeline.data import debian, locate
 from pipeline.models import packaged_weights
 from pipeline.probes import Finding, libraries, machine, materials, packages
+from targets import emulated_setup
 
 
 def by_name(findings: list[Finding]) -> dict[str, Finding]:
@@ -200,16 +203,21 @@ def test_adb_without_devices_or_answer(
     assert found.status == status and detail in found.detail
 
 
-def test_a_bare_machine_gets_told_what_to_install(tools: Path) -> None:
+def test_a_bare_machine_gets_told_what_to_install(tools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     found = by_name(machine.probe())
     assert found["adb"].status == "optional" and "apt-get install adb" in found["adb"].fix
-    assert found["qemu-aarch64"].fix == "apt-get install qemu-user"
+    assert found["emulated-arm64"].fix == "layerfold targets setup emulated-arm64"
     assert found["GPU"].status == "optional"
     tool(tools, "nvidia-smi", "echo 'Made Up 9000, 12000 MiB'")
-    tool(tools, "qemu-aarch64", "echo 'qemu-aarch64 version 1.2'")
+    root = tmp_path / "cache/layerfold/emulated-arm64"
+    root.mkdir(parents=True)
+    source = hashlib.sha256(Path(emulated_setup.__file__).with_name("qemu_plugin").joinpath("count.c").read_bytes())
+    manifest = {"revision": 1, "plugin_source": source.hexdigest(), "versions": {"numpy": "2"}, "qemu": "7.2"}
+    (root / "manifest.json").write_text(json.dumps(manifest))
     found = by_name(machine.probe())
     assert (found["GPU"].status, found["GPU"].detail) == ("ok", "Made Up 9000, 12000 MiB")
-    assert (found["qemu-aarch64"].status, found["qemu-aarch64"].detail) == ("ok", "qemu-aarch64 version 1.2")
+    assert (found["emulated-arm64"].status, found["emulated-arm64"].detail) == ("ok", "qemu 7.2; numpy 2")
 
 
 def test_a_full_disk_and_short_memory_are_broken(tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,8 +67,18 @@ def unshare() -> list[str]:
     return ["unshare", "--map-root-user", "--net", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child"]
 
 
+def require_own_network(state: Path) -> None:
+    """Raises `SetupError` unless this process is in a network of its own, which nothing but loopback leads into."""
+    outside = json.loads((state / "settings.json").read_text())["network_outside"]
+    lines = Path("/proc/self/net/dev").read_text().splitlines()
+    links = {line.partition(":")[0].strip() for line in lines if ":" in line}
+    if str(Path("/proc/self/ns/net").readlink()) == outside or links != {"lo"}:
+        raise SetupError("adbd is not started outside a network namespace of its own", hint=f"run {sys.argv[0]} up")
+
+
 def hold(state: Path) -> None:
     """Is the first process inside: builds the device's view of the files, starts everything, reaps what ends."""
+    require_own_network(state)
     allow_confined_sockets_only()
     settings = json.loads((state / "settings.json").read_text())
     mount = ["mount"]
@@ -127,6 +137,7 @@ def bind(source: Path, place: Path) -> None:
 
 def start_adbd(state: Path, serial: str) -> None:
     """Starts the adbd of `serial`; must be called inside the namespaces, with the socket filter on."""
+    require_own_network(state)
     settings = json.loads((state / "settings.json").read_text())
     port = serial.rpartition(":")[2]
     log = (state / f"adbd-{port}.log").open("ab")
@@ -184,6 +195,7 @@ def up(state: Path, *, count: int, disk_mb: int, arch: str) -> dict[str, object]
         "qemu": qemu,
         "adbd": command,
         "needed": needed,
+        "network_outside": str(Path("/proc/self/ns/net").readlink()),
     }
     (state / "settings.json").write_text(json.dumps(settings))
     with (state / "hold.log").open("wb") as log:
@@ -192,28 +204,41 @@ def up(state: Path, *, count: int, disk_mb: int, arch: str) -> dict[str, object]
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
     (state / "pid").write_text(str(process.pid))
+    try:
+        wait_until_up(state, process, serials)
+    except BaseException:
+        # Whatever went wrong, or Ctrl-C: no half of a device stays behind.
+        down(state)
+        raise
+    return {"adb_server_socket": f"localfilesystem:{state / 'adb.sock'}", "serials": serials, "state": str(state)}
+
+
+def wait_until_up(state: Path, process: subprocess.Popen[bytes], serials: Sequence[str]) -> None:
+    """Waits for the adb server and every device."""
     deadline = time.monotonic() + WAIT_S
     while not (state / "adb.sock").exists():
         if process.poll() is not None or time.monotonic() > deadline:
             says = (state / "hold.log").read_text(errors="replace").strip()[-800:]
-            down(state)
             raise SetupError(f"the device did not come up: {says}")
         time.sleep(0.1)
     for serial in serials:
         connect(state, serial, deadline)
-    return {"adb_server_socket": f"localfilesystem:{state / 'adb.sock'}", "serials": serials, "state": str(state)}
 
 
 def connect(state: Path, serial: str, deadline: float) -> None:
     """Makes the adb server know the device, until it answers."""
     env = {**os.environ, "ADB_SERVER_SOCKET": f"localfilesystem:{state / 'adb.sock'}"}
     while True:
-        subprocess.run(["adb", "connect", serial], env=env, capture_output=True, timeout=30)
-        seen = subprocess.run(["adb", "-s", serial, "get-state"], env=env, capture_output=True, timeout=30)
-        if seen.stdout.strip() == b"device":
+        try:
+            subprocess.run(["adb", "connect", serial], env=env, capture_output=True, timeout=30)
+            seen = subprocess.run(["adb", "-s", serial, "get-state"], env=env, capture_output=True, timeout=30)
+            says = seen.stderr.decode(errors="replace").strip()
+        except subprocess.TimeoutExpired as error:
+            seen, says = None, str(error)
+        if seen is not None and seen.stdout.strip() == b"device":
             return
         if time.monotonic() > deadline:
-            raise SetupError(f"adb does not see {serial}: {seen.stderr.decode(errors='replace').strip()}")
+            raise SetupError(f"adb does not see {serial}: {says}")
         time.sleep(0.2)
 
 

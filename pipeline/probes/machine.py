@@ -13,6 +13,7 @@ import psutil
 
 from pipeline.data import cache
 from pipeline.probes import Finding
+from targets import emulated
 
 _TIMEOUT_S = 15
 _MIN_MEMORY_GB, _MIN_DISK_GB = 2.0, 2.0
@@ -20,7 +21,7 @@ _MIN_MEMORY_GB, _MIN_DISK_GB = 2.0, 2.0
 
 def probe() -> list[Finding]:
     """Examines this machine and what is attached to it; asks each outside program for 15 seconds at most."""
-    return [_python(), _processor(), _memory(), *_disks(), _gpu(), *_adb(), _qemu()]
+    return [_python(), _processor(), _memory(), *_disks(), _gpu(), *_adb(), _emulated()]
 
 
 def _python() -> Finding:
@@ -98,15 +99,11 @@ def _adb_device(row: list[str]) -> Finding:
     return Finding("device", serial, "broken", f"state '{state}'", fixes.get(state, "reattach the device"))
 
 
-def _qemu() -> Finding:
-    found = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
-    if found:
-        code, out = _ask(found, "--version")
-        if code == 0:
-            return Finding("device", "qemu-aarch64", "ok", out.splitlines()[0] if out else found)
-    return Finding(
-        "device", "qemu-aarch64", "optional", "not on PATH: no emulated arm64 target", "apt-get install qemu-user"
-    )
+def _emulated() -> Finding:
+    (device,) = emulated.devices()
+    if device.state == "ready":
+        return Finding("device", "emulated-arm64", "ok", device.fingerprint)
+    return Finding("device", "emulated-arm64", "optional", device.state, "layerfold targets setup emulated-arm64")
 
 
 def _ask(*command: str) -> tuple[int, str]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -161,6 +162,44 @@ def test_the_users_tool_is_sent_run_in_turn_and_read(lab: Lab, make_model: MakeM
     row = gpu.benchmark(files, restarts=1)[0]
     assert not row.valid and "asked for gpu, but cpu" in row.invalid_reason
     assert lab.files(lab.serials[0]) == []
+
+
+def test_a_tool_that_hangs_is_ended_on_the_device_too(lab: Lab, make_model: MakeModel, tmp_path: Path) -> None:
+    tool = tmp_path / "tool"
+    # A program, not a script: it ignores what it is given to do, and hangs up on nobody.
+    source = "#include <signal.h>\n#include <unistd.h>\nint main(void) { signal(SIGHUP, SIG_IGN); sleep(600); }"
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler: install gcc to run this")
+    subprocess.run([compiler, "-x", "c", "-o", tool, "-"], input=source, text=True, check=True)
+    options = {**FAST, "runner": "tool", "binary": tool, "timeout_s": 3}
+    with pytest.raises(TimeoutExpiredError, match="over 3 s"):
+        AndroidTarget(device=lab.serials[0], **options).benchmark([make_model("tflite")], restarts=1)  # type: ignore[arg-type]
+    listing = AdbRemote(lab.serials[0]).shell(["sh", "-c", "ls -l /proc/[0-9]*/exe"], timeout_s=20).stdout
+    assert "/exe -> " in listing and "benchmark_model" not in listing
+    assert lab.files(lab.serials[0]) == []
+
+
+def test_adbd_is_not_started_outside_namespaces(tmp_path: Path) -> None:
+    outside = os.readlink("/proc/self/ns/net")
+    mark = tmp_path / "started"
+    settings = {
+        "serials": ["localhost:7001"],
+        "network_outside": outside,
+        "adbd": ["/bin/touch", str(mark)],
+        "qemu": "",
+    }
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    (tmp_path / "views").mkdir()
+    (tmp_path / "views/7001").symlink_to("/")
+    for verb in (["_adbd", "localhost:7001"], ["_hold"]):
+        done = subprocess.run(
+            [sys.executable, str(TOOL), "--state", str(tmp_path), *verb], capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == ABSENT_EXIT_CODE and "not started outside a network namespace" in done.stderr
+    # The harmless program that stands for adbd here would have left its mark at once.
+    time.sleep(0.5)
+    assert not mark.exists()
 
 
 def test_a_missing_tool_or_interpreter_is_said_so(lab: Lab, make_model: MakeModel) -> None:

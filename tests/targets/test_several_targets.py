@@ -11,6 +11,7 @@ import pytest
 
 from targets.base import Device, Measurement, OnProgress
 from targets.bench import collect
+from targets.errors import DeviceLostError
 
 
 class Made:
@@ -65,6 +66,19 @@ def test_a_mistake_in_a_target_is_a_row_that_says_where() -> None:
     assert bad.failure == "UnexpectedError" and good.failure == "" and bad.quick and good.quick
     assert "ZeroDivisionError: no such luck" in bad.invalid_reason and Path(__file__).name in bad.invalid_reason
     assert bad.median_ms is None
+
+
+def test_a_failed_row_still_says_which_file_and_device(tmp_path: Path) -> None:
+    def lost(advance: OnProgress) -> None:
+        raise DeviceLostError("gone")
+
+    (tmp_path / "a.tflite").write_bytes(b"abc")
+    found = collect({"android:X1": Made([], "android", act=lost)}, [tmp_path / "a.tflite", tmp_path / "b.tflite"])
+    first, second = found["android:X1"]
+    assert (first.device.kind, first.device.id, first.target) == ("adb", "X1", "android:X1")
+    # SHA-256 of "abc" as in FIPS 180-2, appendix B.1.
+    assert first.model_sha256 == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert second.model_sha256 == "" and second.failure == "DeviceLostError"
 
 
 def test_ctrl_c_stops_all_devices_and_lets_them_clean_up() -> None:
