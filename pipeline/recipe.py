@@ -119,9 +119,9 @@ class QuantizeSection(Section):
     calibration_images: Count = 200
     calibration_split: str = "calibration"
     """`calibration` (drawn from train) or `train`; the splits that judge the result are refused."""
-    equalise: bool = True
-    """Cross-layer range equalisation before quantising; the float files stay as they are."""
-    bias_correction: bool = False
+    equalise: bool = False
+    """Cross-layer range equalisation before quantising; helps `per_channel=false`. The float files stay as they are."""
+    bias_correction: bool = True
     """Takes the mean error of weight rounding out of every bias (empirical, layer by layer)."""
     per_channel: bool = True
     """One weight scale per output channel; one per tensor otherwise."""
@@ -160,6 +160,8 @@ class VerifySection(Section):
     """Largest accuracy loss of an int8 file against its own torch model, in percentage points."""
     second_opinion_min_agreement: Fraction = 0.8
     """Least top-1 agreement of the TFLite and the ONNX file of one model and precision with each other."""
+    tensorflow: bool = False
+    """Run every TFLite file by TensorFlow's own interpreter too (extra `tensorflow`), as a second opinion."""
     worst_images: Annotated[int, Field(ge=0)] = 5
     """How many images with the largest logit errors are listed for each file."""
 

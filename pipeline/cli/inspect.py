@@ -4,12 +4,16 @@ __all__ = ["command"]
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
+_LABELS_SHOWN = 12
 _EPILOG = """\b
 Examples:
   layerfold inspect runs/quickstart-1a2b3c4d/models/folded.int8.tflite
+  layerfold inspect folded.onnx --weights
+  layerfold inspect folded.tflite --json
   layerfold inspect runs/quickstart-1a2b3c4d/models/baseline.pt --units
   layerfold inspect mobilenetv2_100 --units
 """
@@ -18,31 +22,63 @@ Examples:
 @click.command(epilog=_EPILOG)
 @click.argument("what")
 @click.option("--units", is_flag=True, help="List the fold units of a .pt file or of a model by name.")
-def command(what: str, units: bool) -> None:
-    """Show what is inside WHAT: a .tflite, .onnx or .pt file, or a run folder; with --units also a model's name."""
+@click.option("--weights", is_flag=True, help="List the weight range of every layer of a .tflite or .onnx file.")
+@click.option("--json", "as_json", is_flag=True, help="Print the whole census of a .tflite or .onnx file as JSON.")
+def command(what: str, units: bool, weights: bool, as_json: bool) -> None:
+    """Show what is inside WHAT: a .tflite, .onnx or .pt file, or a run folder; with --units also a model's name.
+
+    Of an exported file: its input and output, operators by type, activations fused into them, tensors that stayed
+    float inside an int8 file, what keeps it from running well on a phone, and what it says about itself.
+    """
     path = Path(what)
     if units:
         _units(what, path)
     elif path.is_dir():
         _run_folder(path)
     elif path.suffix in (".tflite", ".onnx"):
-        _model_file(path)
+        _model_file(path, weights=weights, as_json=as_json)
     else:
         _torch_file(path)
 
 
-def _model_file(path: Path) -> None:
-    from pipeline.export import inspect, metadata
+def _model_file(path: Path, *, weights: bool, as_json: bool) -> None:
+    from pipeline.export import inspect
 
     census = inspect.census(path)
+    if as_json:
+        click.echo(json.dumps(census.as_dict(), indent=1))
+        return
     click.echo(f"{path}  {path.stat().st_size / 1e6:.2f} MB")
+    for kind, ports in (("input", census.inputs), ("output", census.outputs)):
+        for port in ports:
+            click.echo(f"  {kind:<6} {port.name}: {port.dtype} {'×'.join(map(str, port.shape))}")
     for name, count in sorted(census.ops.items(), key=lambda item: (-item[1], item[0])):
         click.echo(f"  {count:5d} {name}")
     for name, count in sorted(census.fused_activations.items()):
         click.echo(f"  {count:5d} {name} fused into other operators")
-    for finding in inspect.gate(census):
+    if weights:
+        click.echo("  weights: channels, largest, largest over the median channel's")
+        for layer in census.weights:
+            click.echo(f"    {layer.name:<28} {layer.channels:5d}  {layer.largest:10.4g}  {layer.spread:8.3g}×")
+    for finding in inspect.gate(census, float_tensors=_float_units(census.metadata)):
         click.echo(f"  ! {finding}")
-    click.echo(json.dumps(metadata.read(path), indent=1))
+    if census.metadata:
+        click.echo(json.dumps(_shortened(census.metadata), indent=1, ensure_ascii=False))
+    else:
+        click.echo("  it says nothing about itself: no layerfold metadata")
+
+
+def _float_units(content: dict[str, Any]) -> tuple[str, ...]:
+    """Units that were asked to stay float when the file was quantised."""
+    return tuple(content.get("quantised", {}).get("float_units", ()))
+
+
+def _shortened(content: dict[str, Any]) -> dict[str, Any]:
+    """A thousand labels would hide the rest; `--json` prints them."""
+    labels = content.get("labels") or []
+    if len(labels) <= _LABELS_SHOWN:
+        return content
+    return content | {"labels": [*labels[:_LABELS_SHOWN], f"… {len(labels) - _LABELS_SHOWN} more"]}
 
 
 def _torch_file(path: Path) -> None:

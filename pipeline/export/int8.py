@@ -24,8 +24,9 @@ from pipeline.export.tflite import ExportInfo
 
 QUANTISERS = {"tflite": quantize.tflite_int8, "onnx": quantize.onnx_int8}
 """The static quantiser of each format."""
-# More images than this hardly move a mean; the corrector holds one layer's outputs for all of them in memory.
-_CORRECTION_IMAGES = 64
+# More images than this hardly move a mean; the corrector holds one layer's outputs for all of them in memory, so large
+# pictures have to be fewer.
+_CORRECTION_IMAGES, _FEWEST, _USUAL_PX = 64, 8, 224
 Images = Sequence[npt.NDArray[np.float32]]
 
 
@@ -46,8 +47,8 @@ class Int8Options:
     """
 
     method: str = "ptq"
-    equalise: bool = True
-    bias_correction: bool = False
+    equalise: bool = False
+    bias_correction: bool = True
     per_channel: bool = True
     ranges: str = "minmax"
     percentile: float = 99.99
@@ -146,7 +147,7 @@ def operate(
         network = qat.finish(prepared)
     reference, shifts = network, None
     if options.bias_correction:
-        few = _first(calibration, _CORRECTION_IMAGES)
+        few = _first(calibration, _correction_images(calibration))
         network, shifts = correct_biases(
             network, few, per_channel=options.per_channel, float_layers=options.float_units
         )
@@ -183,6 +184,11 @@ def quantise(
         if name is None:
             raise
         raise ExportError(f"{name}: {error.what}", hint=error.hint) from error
+
+
+def _correction_images(calibration: Images) -> int:
+    px = calibration[0].shape[-1] if len(calibration) else _USUAL_PX
+    return min(_CORRECTION_IMAGES, max(_FEWEST, _CORRECTION_IMAGES * _USUAL_PX**2 // px**2))
 
 
 def _first(batches: Images, count: int) -> Images:

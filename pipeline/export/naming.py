@@ -7,6 +7,7 @@ a profile, a census or a quantisation table can be read: ``blocks.3.2.conv_dw`` 
 __all__ = ["ACTIVATION_SUFFIX", "layer_of", "name_tensors", "name_values"]
 
 from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,8 @@ def name_tensors(path: Path | str, network: fx.GraphModule) -> int:
     """Renames the tensors of a float32 file in place.
 
     A layer is recognised by its weights, byte for byte; equal weights are told apart by their order. The output of
-    a layer (after its fused activation) takes the layer's name, its constants ``name/weight`` and ``name/bias``,
-    anything else ``<operator>_<n>``.
+    a layer (after its fused activation) takes the layer's name, its constants ``name/weight`` and ``name/bias``. A sum
+    is called ``<block>.add`` after the block whose last layer it adds to, anything else ``<operator>_<n>``.
 
     Args:
         path: The file that was converted from `network`.
@@ -40,20 +41,24 @@ def name_tensors(path: Path | str, network: fx.GraphModule) -> int:
     layers = _layers_by_weight(network)
     names: dict[int, str] = {}
     numbers: dict[str, int] = defaultdict(int)
-    found = 0
+    recognised: list[str] = []
     for operator in graph.operators:
         kind = flatbuffer.operator_name(model, operator)
         weight = _weight(model, graph, operator, kind)
         queue = layers.get(weight.tobytes(), []) if weight is not None else []
         if queue:
-            name, found = queue.pop(0), found + 1
+            name = queue.pop(0)
+            recognised.append(name)
             for index, part in zip(operator.inputs[1:], ("weight", "bias"), strict=False):
                 if index >= 0:
                     # Two layers may share one bias buffer, most often a zero one: the first names it.
                     names.setdefault(int(index), f"{name}/{part}")
         else:
-            name = f"{kind.lower()}_{numbers[kind]}"
-            numbers[kind] += 1
+            inputs = [names.get(int(index), "") for index in operator.inputs]
+            name = _sum_name(inputs, recognised, names.values()) if kind == "ADD" else ""
+            if not name:
+                name = f"{kind.lower()}_{numbers[kind]}"
+                numbers[kind] += 1
         for index in operator.outputs:
             names[int(index)] = name
     for index, label in [(graph.inputs[0], "image"), (graph.outputs[0], "logits")]:
@@ -61,7 +66,7 @@ def name_tensors(path: Path | str, network: fx.GraphModule) -> int:
     for index, tensor in enumerate(graph.tensors):
         tensor.name = names.get(index, f"constant_{index}").encode()
     flatbuffer.write(model, path)
-    return found
+    return len(recognised)
 
 
 def layer_of(model: Any, operator: Any) -> str:
@@ -78,21 +83,27 @@ def name_values(proto: Any) -> None:
     """Renames the nodes and intermediate values of a float `onnx.ModelProto` in place.
 
     A node with a weight ``name.weight`` and its output are called ``name``; the Clip or Relu that follows is called
-    ``name/act``; any other node ``<operator>_<n>``. Weights, graph inputs and outputs keep their names.
+    ``name/act``; a sum ``<block>.add`` after the block whose last layer it adds to; any other node ``<operator>_<n>``.
+    Weights, graph inputs and outputs keep their names.
     """
     ends = {value.name for value in [*proto.graph.input, *proto.graph.output]}
     names: dict[str, str] = {}
     numbers: dict[str, int] = defaultdict(int)
+    recognised: list[str] = []
     for node in proto.graph.node:
         weights = [name for name in node.input if name.endswith(".weight")]
         source = names.get(node.input[0], "") if node.input else ""
         if weights:
             label = weights[0].removesuffix(".weight")
+            recognised.append(label)
         elif node.op_type in {"Clip", "Relu"} and source and ACTIVATION_SUFFIX not in source:
             label = source + ACTIVATION_SUFFIX
         else:
-            label = f"{node.op_type.lower()}_{numbers[node.op_type]}"
-            numbers[node.op_type] += 1
+            inputs = [names.get(name, "") for name in node.input]
+            label = _sum_name(inputs, recognised, names.values()) if node.op_type == "Add" else ""
+            if not label:
+                label = f"{node.op_type.lower()}_{numbers[node.op_type]}"
+                numbers[node.op_type] += 1
         node.name = label
         for output in node.output:
             names[output] = output if output in ends else label
@@ -101,6 +112,17 @@ def name_values(proto: Any) -> None:
         node.output[:] = [names.get(name, name) for name in node.output]
     for value in proto.graph.value_info:
         value.name = names.get(value.name, value.name)
+
+
+def _sum_name(inputs: Sequence[str], layers: Sequence[str], taken: Iterable[str]) -> str:
+    """``<block>.add`` for a sum of these inputs, after the latest of the layers among them; empty where there is none.
+
+    The other input comes from an earlier block, so the sum is the last thing that the latest layer's block computes.
+    """
+    latest = max((layers.index(name) for name in inputs if name in layers), default=None)
+    block = "" if latest is None else layers[latest].rpartition(".")[0]
+    name = f"{block}.add"
+    return name if block and name not in set(taken) else ""
 
 
 def _layers_by_weight(network: fx.GraphModule) -> dict[bytes, list[str]]:

@@ -27,7 +27,7 @@ class Predictor(Protocol):
         ...
 
 
-def open_model(path: Path | str, threads: int = 2) -> Predictor:
+def open_model(path: Path | str, threads: int = 2, *, tensorflow: bool = False) -> Predictor:
     """Opens a `.tflite` or `.onnx` file with its runtime, chosen by the suffix.
 
     The predictor hides what differs between files: the layout (NHWC or NCHW), the batch size written into the
@@ -37,6 +37,7 @@ def open_model(path: Path | str, threads: int = 2) -> Predictor:
     Args:
         path: The file.
         threads: Threads of one inference.
+        tensorflow: Run a `.tflite` file by TensorFlow's own interpreter instead of LiteRT's: a second opinion.
 
     Raises:
         ExportError: The file is missing, damaged, of another format, or needs an extra that is not installed.
@@ -45,7 +46,7 @@ def open_model(path: Path | str, threads: int = 2) -> Predictor:
     if not file.is_file():
         raise ExportError(f"no such file: {file}", hint="export it first")
     if file.suffix == ".tflite":
-        return _File(file, *_open_tflite(file, threads))
+        return _File(file, *_open_tflite(file, threads, tensorflow))
     if file.suffix in {".onnx", ".ort"}:
         return _File(file, *_open_onnx(file, threads))
     raise ExportError(f"no runtime for '{file.suffix}' ({file.name})", hint="expected .tflite, .onnx or .ort")
@@ -83,10 +84,13 @@ class _File:
         return self._invoke(np.ascontiguousarray(images))[: step - missing]
 
 
-def _open_tflite(path: Path, threads: int) -> tuple[_Invoke, Port, Port, bool]:
-    runtime = require("ai_edge_litert.interpreter", extra="tflite")
+def _open_tflite(path: Path, threads: int, tensorflow: bool) -> tuple[_Invoke, Port, Port, bool]:
+    if tensorflow:
+        runtime: Any = require("tensorflow", extra="tensorflow").lite
+    else:
+        runtime = require("ai_edge_litert.interpreter", extra="tflite")
     hint = "the file is damaged or was not written to its end: export it again"
-    with quietly(f"open {path.name} with LiteRT", hint=hint):
+    with quietly(f"open {path.name} with {'TensorFlow' if tensorflow else 'LiteRT'}", hint=hint):
         interpreter = runtime.Interpreter(model_path=str(path), num_threads=threads)
         interpreter.allocate_tensors()
         source, target = interpreter.get_input_details()[0], interpreter.get_output_details()[0]

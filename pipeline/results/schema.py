@@ -98,11 +98,14 @@ class VerifyRow(_Part):
 
 
 class OpinionRow(_Part):
-    """Two files of one model and precision in two formats, compared with each other on the evaluation images."""
+    """Two files of one model and precision in two formats, compared with each other on the evaluation images.
+
+    `second` is `tensorflow` where the first file was run by TensorFlow's interpreter too.
+    """
 
     model: Literal["baseline", "folded"]
     first: FileKind
-    second: FileKind
+    second: FileKind | Literal["tensorflow"]
     agreement: float
     max_abs_logit_difference: float
     passed: bool

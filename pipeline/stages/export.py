@@ -160,8 +160,10 @@ def file_metadata(context: StageContext, which: str) -> dict[str, Any]:
 
 def _labels(recipe: Recipe, origin: dict[str, Any]) -> list[str]:
     """The classes' names in the order of the logits; empty where nobody says them."""
-    names = list(workbench.split(recipe, "eval").class_names)
-    if len(names) == recipe.model.num_classes:
-        return names
+    source = workbench.split(recipe, "eval")
+    if len(source.class_names) == recipe.model.num_classes:
+        return list(source.class_names)
+    if source.labelled and not source.class_names:  # sets of digits: the numbers are the names
+        return [str(index) for index in range(recipe.model.num_classes)]
     published = origin.get("source") in ("packaged", "hub") and recipe.baseline.train is None
     return imagenet_labels() if published and recipe.model.num_classes == _IMAGENET_CLASSES else []

@@ -76,7 +76,9 @@ def run(context: StageContext) -> dict[str, Any]:
             infos[path.name] = info.as_dict() | {"advice": list(found.advice)}
             if form == recipe.export.formats[0] and section.noise_images:
                 reference = float_file
-                if ready.reference is not ready.network:
+                if ready.reference is source.network:
+                    reference = exported
+                elif ready.reference is not ready.network:
                     reference = _float_file(context, ready.reference, source.example, f"{which}.reference.{form}")
                 noise += _noise(context, which, reference, path, taken)
     judge(context, checked)

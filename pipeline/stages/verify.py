@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import combinations
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -81,7 +82,9 @@ def run(context: StageContext) -> dict[str, Any]:
     labelled = evaluation if evaluation.labelled else workbench.labelled(recipe)
     labels = np.empty(0, dtype=np.int64) if labelled is None else _labels(labelled, recipe.verify.batch_size)
     kinds = _kinds(recipe)
-    images = _Images(recipe, evaluation, labelled, context.report.progress, len(MODELS) * (1 + len(kinds)))
+    twice = [kind for kind in kinds if recipe.verify.tensorflow and _form(kind) == "tflite"]
+    runs = len(MODELS) * (1 + len(kinds) + len(twice))
+    images = _Images(recipe, evaluation, labelled, context.report.progress, runs)
     rows: list[VerifyRow] = []
     opinions: list[OpinionRow] = []
     accuracy: dict[str, dict[str, float]] = {which: {} for which in MODELS}
@@ -95,11 +98,13 @@ def run(context: StageContext) -> dict[str, Any]:
             raise VerifyError(f"the {which} network itself predicts NaN or infinity", hint="lower the learning rate")
         original = reference.evaluated if original is None else original
         predicted: dict[FileKind, _Predictions] = {}
+        by_tensorflow: dict[FileKind, _Predictions] = {}
         for kind in kinds:
-            form, precision = _form(kind), _precision(kind)
-            parent = context.inputs["quantize" if precision == "int8" else "export"]
-            predictor = runtimes.open_model(parent.file(f"models/{file_name(which, precision, form)}"))
-            predicted[kind] = images.predict(predictor.predict, f"{which} {kind}")
+            path = _file(context, which, kind)
+            predicted[kind] = images.predict(runtimes.open_model(path).predict, f"{which} {kind}")
+            if kind in twice:
+                again = runtimes.open_model(path, tensorflow=True)
+                by_tensorflow[kind] = images.predict(again.predict, f"{which} {kind} by TensorFlow")
         names = names_of(evaluation, len(reference.evaluated))
         for kind, logits in predicted.items():
             truth = Labelled(logits.labelled, reference.labelled, labels)
@@ -114,7 +119,7 @@ def run(context: StageContext) -> dict[str, Any]:
                 worst=recipe.verify.worst_images,
             )
             rows.append(_row(which, kind, found))
-        opinions += _opinions(recipe, which, predicted)
+        opinions += _opinions(recipe, which, predicted, by_tensorflow)
         for name, some in (("torch", reference), *predicted.items()):
             agreement[which][name] = float((some.evaluated.argmax(1) == original.argmax(1)).mean())
             if len(labels):
@@ -136,6 +141,11 @@ def _kinds(recipe: Recipe) -> list[FileKind]:
     precisions = ("fp32", "int8", *recipe.export.precisions)
     kinds: tuple[FileKind, ...] = get_args(FileKind)
     return [kind for kind in kinds if _form(kind) in recipe.export.formats and _precision(kind) in precisions]
+
+
+def _file(context: StageContext, which: str, kind: FileKind) -> Path:
+    parent = context.inputs["quantize" if _precision(kind) == "int8" else "export"]
+    return parent.file(f"models/{file_name(which, _precision(kind), _form(kind))}")
 
 
 def _form(kind: FileKind) -> str:
@@ -174,27 +184,21 @@ def _row(which: str, kind: FileKind, found: FileReport) -> VerifyRow:
     )
 
 
-def _opinions(recipe: Recipe, which: str, predicted: dict[FileKind, _Predictions]) -> list[OpinionRow]:
-    """What files of two formats and one precision think of each other."""
+def _opinions(
+    recipe: Recipe, which: str, predicted: dict[FileKind, _Predictions], by_tensorflow: dict[FileKind, _Predictions]
+) -> list[OpinionRow]:
+    """What files of two formats and one precision think of each other, and two interpreters of one file."""
+    pairs = [(a, b, predicted[b]) for a, b in combinations(predicted, 2) if _precision(a) == _precision(b)]
+    seconds = [(kind, "tensorflow", logits) for kind, logits in by_tensorflow.items()]
     least = recipe.verify.second_opinion_min_agreement
     rows = []
-    for one, other in combinations(predicted, 2):
-        if _precision(one) != _precision(other):
-            continue
-        found = second_opinion(one, predicted[one].evaluated, other, predicted[other].evaluated)
+    for one, other, logits in (*pairs, *seconds):
+        found = second_opinion(one, predicted[one].evaluated, other, logits.evaluated)
         passed = found.agreement >= least
         asked = f"they agree on {100 * found.agreement:.2f}% of the images, {100 * least:.2f}% asked"
-        rows.append(
-            OpinionRow(
-                model="baseline" if which == "baseline" else "folded",
-                first=one,
-                second=other,
-                agreement=found.agreement,
-                max_abs_logit_difference=found.max_abs_error,
-                passed=passed,
-                reason="" if passed else asked,
-            )
-        )
+        row = {"model": which, "first": one, "second": other, "agreement": found.agreement, "passed": passed,
+               "max_abs_logit_difference": found.max_abs_error, "reason": "" if passed else asked}  # fmt: skip
+        rows.append(OpinionRow.model_validate(row))
     return rows
 
 

@@ -59,6 +59,18 @@ def test_every_file_predicts_as_its_torch_model(finished: Path) -> None:
             assert row.agreement >= 0.999 and row.max_abs_logit_error < 1e-3
 
 
+def test_a_file_that_fails_verification_ends_with_1_and_stays(finished: Path, layerfold) -> None:
+    strict = ("--set", "verify.fp32_max_relative_error=1e-12", "--out", "runs/strict")
+    done = layerfold(*QUICK, *strict, cwd=finished.parent.parent)
+    assert done.returncode == 1, done.stderr
+    assert "folded tflite_fp32: logits differ" in done.stderr and "kept for inspection" in done.stderr
+    folder = finished.parent / "strict"
+    assert '<tr class="failed">' in (folder / "report.html").read_text()
+    assert "failed: logits differ" in (folder / "models" / "MODEL_CARD.md").read_text()
+    for which in ("baseline", "folded"):
+        assert sha256_of(folder / "models" / f"{which}.tflite") == sha256_of(finished / "models" / f"{which}.tflite")
+
+
 def test_the_exported_files_tell_what_they_are(finished: Path) -> None:
     from pipeline.export import metadata
 
@@ -66,6 +78,8 @@ def test_the_exported_files_tell_what_they_are(finished: Path) -> None:
         content = metadata.read(finished / "models" / f"folded{suffix}")
         assert content["units_folded"] == ["blocks.1.1", "blocks.2.1", "blocks.2.2"]
         assert content["preprocess"]["input_px"] == 32
+        assert content["labels"][9] == "Ankle boot" and content["licence"]
+    assert "| `folded.int8.tflite` |" in (finished / "models" / "MODEL_CARD.md").read_text()
 
 
 def test_running_it_again_runs_nothing(finished: Path, layerfold) -> None:

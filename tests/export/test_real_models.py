@@ -12,6 +12,7 @@ from pipeline.export import inspect, observe, onnx, quantize, runtimes, sqnr, tf
 from pipeline.export.layers import weighted_layers
 from pipeline.export.lowering import lower
 from pipeline.export.stride_padding import expected_pads, without_pads
+from pipeline.folding import fold, linearise
 from pipeline.models import weights, zoo
 
 # Operators by type, as counted in the converted files; EfficientNet-lite pads as TensorFlow does and needs no PAD.
@@ -44,19 +45,9 @@ def real(name: str, px: int, classes: int = 1000) -> nn.Module:
     return model.eval()
 
 
-def fold_by_hand(model: nn.Module) -> nn.Module:
-    """Three stride-1 blocks replaced by one dense convolution with bias: the structure of a folded network."""
-    folded = copy.deepcopy(model)
-    for name in FOLDED:
-        parent, _, index = name.rpartition(".")
-        block = folded.get_submodule(name)
-        width = next(layer for layer in block.modules() if isinstance(layer, nn.Conv2d)).in_channels
-        dense = nn.Conv2d(width, width, 3, padding=1)
-        nn.init.dirac_(dense.weight)
-        with torch.no_grad():
-            dense.weight.add_(0.02 * torch.randn_like(dense.weight))
-        folded.get_submodule(parent)[int(index)] = dense
-    return folded.eval()
+def folded_copy(model: nn.Module, px: int) -> nn.Module:
+    """Three stride-1 inverted residuals linearised and folded: each one dense convolution with a bias."""
+    return fold(linearise(model, FOLDED), torch.zeros(1, 3, px, px), units=FOLDED).model.eval()
 
 
 def check(model: nn.Module, px: int, folder: Path, name: str) -> inspect.Census:
@@ -98,7 +89,7 @@ def test_census_and_accuracy(name: str, tmp_path: Path) -> None:
     model = real(name, px)
     baseline = check(model, px, tmp_path, "baseline")
     assert baseline.ops == CENSUS[name]
-    folded = check(fold_by_hand(model), px, tmp_path, "folded")
+    folded = check(folded_copy(model, px), px, tmp_path, "folded")
     expected = CENSUS[name] | {
         "CONV_2D": CENSUS[name]["CONV_2D"] - len(FOLDED),
         "DEPTHWISE_CONV_2D": CENSUS[name]["DEPTHWISE_CONV_2D"] - len(FOLDED),

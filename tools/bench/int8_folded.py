@@ -1,12 +1,14 @@
 """What int8 costs a folded network, and which remedy helps: agreement of each int8 file with its own float file.
 
-    python tools/bench/int8_folded.py BASELINE.pt FOLDED.pt --units blocks.1.1 blocks.3.1 blocks.3.2 \\
-        --out tools/bench/results/int8_folded.json
+    layerfold run efficientnet_lite/lite0_photos --out runs/three \\
+        --set 'prefold.units=[blocks.1.1,blocks.3.1,blocks.3.2]'
+    python tools/bench/int8_folded.py runs/three/models/baseline.pt runs/three/models/folded.pt \\
+        --units blocks.1.1 blocks.3.1 blocks.3.2 --out tools/bench/results/int8_folded.json
 
-BASELINE and FOLDED are files that `layerfold` wrote. Images are the photos of the packages (`layerfold doctor` says
-where they are): calibration and training images from the training part, agreement over the held-out part. Every row is
-a TFLite file run by LiteRT (and, for the plain methods, an ONNX file run by ONNX Runtime). `sqnr_db` is the
-signal-to-noise ratio behind each folded unit.
+Images are the photos of the packages (`layerfold doctor` says where they are): calibration and training images from the
+training part, agreement over the held-out part. Every row is a TFLite file run by LiteRT (and, for the plain methods,
+an ONNX file run by ONNX Runtime). `sqnr_db` is the signal-to-noise ratio behind each folded unit, `kept` a row's
+agreement over the baseline's with the same method. Rows that OUT already holds are kept; `--methods` adds others.
 """
 
 import argparse
@@ -25,26 +27,28 @@ from torch import Tensor, fx
 from pipeline.data import datasets
 from pipeline.data.preprocessing import Preprocessing
 from pipeline.data.sources import ImageSource
-from pipeline.export import onnx, qat, quantize, runtimes, sqnr, tflite
-from pipeline.export.bias_correction import correct_biases
+from pipeline.export import onnx, runtimes, sqnr, tflite
 from pipeline.export.calibration import collect
-from pipeline.export.equalise import equalise
+from pipeline.export.int8 import Int8Options, operate, quantise
 from pipeline.export.lowering import lower
 from pipeline.models import store
 
-# Method, then the options of the quantiser and the surgery on the float network before it.
+PLAIN = {"equalise": False, "bias_correction": False}
+EQUALISED = {"equalise": True, "bias_correction": False}
 METHODS: dict[str, dict[str, Any]] = {
-    "per-tensor": {"per_channel": False},
-    "per-tensor, equalised": {"per_channel": False, "surgery": "equalise"},
-    "per-tensor, equalised, biases corrected": {"per_channel": False, "surgery": "equalise+bias"},
-    "per-channel": {},
-    "per-channel, percentile 99.99": {"ranges": "percentile"},
-    "per-channel, mse": {"ranges": "mse"},
-    "per-channel, equalised": {"surgery": "equalise"},
-    "per-channel, biases corrected": {"surgery": "bias"},
-    "per-channel, folded units float": {"float_units": True},
-    "per-channel, QAT": {"surgery": "qat"},
-    "per-tensor, QAT": {"per_channel": False, "surgery": "qat"},
+    "per-tensor": PLAIN | {"per_channel": False},
+    "per-tensor, equalised": EQUALISED | {"per_channel": False},
+    "per-tensor, equalised, biases corrected": {"per_channel": False, "equalise": True, "bias_correction": True},
+    "per-channel": PLAIN,
+    "per-channel, percentile 99.99": PLAIN | {"ranges": "percentile"},
+    "per-channel, mse": PLAIN | {"ranges": "mse"},
+    "per-channel, equalised": EQUALISED,
+    "per-channel, biases corrected": PLAIN | {"bias_correction": True},
+    "per-channel, mse, biases corrected": PLAIN | {"ranges": "mse", "bias_correction": True},
+    "per-channel, folded units float": PLAIN | {"float_units": True},
+    "per-channel, QAT": PLAIN | {"method": "qat"},
+    "per-channel, QAT, mse": PLAIN | {"method": "qat", "ranges": "mse"},
+    "per-tensor, QAT": PLAIN | {"per_channel": False, "method": "qat"},
 }
 ONNX_TOO = ("per-tensor", "per-channel")
 
@@ -64,50 +68,43 @@ class Study:
         self.calibration = collect(source, asked=chosen.images, seed=0).batches
         held_out = datasets.open_split(found, "eval", preprocessing)
         self.held_out = np.concatenate([images.numpy() for images, _ in held_out.batches(32)])
-        self.float_files = {form: self._export(self.network, "float", form) for form in ("tflite", "onnx")}
-        self.expected = {form: self._predict(path) for form, path in self.float_files.items()}
+        self.float_files: dict[str, Path] = {}
+        self.expected: dict[str, np.ndarray] = {}
 
     def row(self, method: str, form: str) -> dict[str, Any]:
         """Makes and judges one int8 file."""
-        options = dict(METHODS[method])
+        if form not in self.float_files:
+            self.float_files[form] = self._export(self.network, "float", form)
+            self.expected[form] = self._predict(self.float_files[form])
+        given = dict(METHODS[method])
+        if given.pop("float_units", False):
+            given["float_units"] = tuple(self.units)
+        options = Int8Options(**given, qat_steps=self.chosen.steps, qat_learning_rate=self.chosen.rate)
         started = time.perf_counter()
-        surgery = options.pop("surgery", "")
-        if options.pop("float_units", False):
-            options["float_layers"] = self.units
-        per_channel = options.get("per_channel", True)
+        ready = operate(self.network, self.calibration, options, training=self._endless())
         source = self.float_files[form]
-        if surgery:
-            source = self._export(self._operated(surgery, per_channel), "operated", form)
+        if ready.network is not self.network:
+            source = self._export(ready.network, "operated", form)
         out = self.folder / f"{self.name}.int8.{form}"
-        quantise = {"tflite": quantize.tflite_int8, "onnx": quantize.onnx_int8}[form]
-        quantise(source, out, self.calibration, **options)
+        quantise(source, out, self.calibration, options)
         found = self._predict(out)
         expected = self.expected[form]
-        noise = sqnr.unit_noise(sqnr.layer_noise(source, out, [self.held_out[:16]]), self.units)
-        return {
+        # Without equalisation every layer keeps its scale, so the untouched float file is the judge of each unit.
+        reference = source if options.equalise else self.float_files[form]
+        noise = sqnr.unit_noise(sqnr.layer_noise(reference, out, [self.held_out[:16]]), self.units)
+        row = {
             "network": self.name,
             "runtime": form,
             "method": method,
             "agreement": round(float((found.argmax(1) == expected.argmax(1)).mean()), 4),
             "mean_abs_logit_error": round(float(np.abs(found - expected).mean()), 4),
             "sqnr_db": {row.name: round(row.sqnr_db, 1) for row in noise if row.name in [*self.units, "logits"]},
+            "options": options.as_dict(),
             "seconds": round(time.perf_counter() - started, 1),
         }
-
-    def _operated(self, surgery: str, per_channel: bool) -> fx.GraphModule:
-        network = self.network
-        if "equalise" in surgery:
-            network, _ = equalise(network, self.calibration)
-        if "bias" in surgery:
-            network, _ = correct_biases(network, self.calibration[:4], per_channel=per_channel)
-        if "qat" in surgery:
-            prepared = qat.prepare(network, per_channel=per_channel).train()
-            with torch.no_grad():
-                for batch in self.calibration:
-                    prepared(torch.from_numpy(batch))
-            qat.distil(prepared, network, self._endless(), steps=self.chosen.steps, learning_rate=self.chosen.rate)
-            network = qat.finish(prepared)
-        return network
+        if ready.losses:
+            row["qat"] = ready.as_dict()["qat"]
+        return row
 
     def _endless(self) -> Iterator[Tensor]:
         for epoch in itertools.count():
@@ -123,8 +120,19 @@ class Study:
         return runtimes.open_model(path).predict(self.held_out)
 
 
+def with_kept(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Adds to each row of the folded network what it keeps of the baseline's agreement with the same method."""
+    own = {(row["method"], row["runtime"]): row["agreement"] for row in rows if row["network"] == "baseline"}
+    for row in rows:
+        same = own.get((row["method"], row["runtime"]))
+        if row["network"] == "folded" and same:
+            row["kept"] = round(row["agreement"] / same, 3)
+    order = {(name, method): i for i, (method, name) in enumerate(itertools.product(METHODS, ("baseline", "folded")))}
+    return sorted(rows, key=lambda row: (order[row["network"], row["method"]], row["runtime"] != "tflite"))
+
+
 def main() -> None:
-    """Runs every method on both networks and writes the table."""
+    """Runs the methods on both networks and writes the table after every row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("baseline", type=Path)
     parser.add_argument("folded", type=Path)
@@ -132,28 +140,37 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--input-px", type=int, default=224)
     parser.add_argument("--images", type=int, default=128, help="calibration images")
-    parser.add_argument("--steps", type=int, default=100, help="steps of quantisation-aware training")
-    parser.add_argument("--rate", type=float, default=1e-5, help="its learning rate")
+    parser.add_argument("--steps", type=int, default=60, help="steps of quantisation-aware training, 16 images each")
+    parser.add_argument("--rate", type=float, default=5e-5, help="its learning rate")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--networks", nargs="+", choices=["baseline", "folded"], default=["baseline", "folded"])
     chosen = parser.parse_args()
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        for name, path in (("baseline", chosen.baseline), ("folded", chosen.folded)):
-            study = Study(name, path, chosen.units, Path(folder), chosen)
-            for method in chosen.methods:
-                for form in ("tflite", "onnx") if method in ONNX_TOO else ("tflite",):
-                    rows.append(study.row(method, form))
-                    print(rows[-1], flush=True)
-            images = len(study.held_out)
     result = {
         "command": f"python tools/bench/int8_folded.py BASELINE.pt FOLDED.pt --units {' '.join(chosen.units)} "
-        f"--images {chosen.images} --steps {chosen.steps} --rate {chosen.rate} "
+        f"--images {chosen.images} --steps {chosen.steps} --rate {chosen.rate:g} "
         "--out tools/bench/results/int8_folded.json",
-        "held_out_images": images,
-        "rows": rows,
+        "held_out_images": 0,
+        "rows": [],
     }
+    if chosen.out.is_file():
+        earlier = json.loads(chosen.out.read_text())
+        if earlier["command"] != result["command"]:
+            parser.error(f"{chosen.out} was made with other settings: {earlier['command']}; give another --out")
+        result = earlier
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
-    chosen.out.write_text(json.dumps(result, indent=1) + "\n")
+    rows: list[dict[str, Any]] = result["rows"]
+    with tempfile.TemporaryDirectory() as folder:
+        for name in chosen.networks:
+            study = Study(name, getattr(chosen, name), chosen.units, Path(folder), chosen)
+            result["held_out_images"] = len(study.held_out)
+            for method in chosen.methods:
+                for form in ("tflite", "onnx") if method in ONNX_TOO else ("tflite",):
+                    if any((row["network"], row["method"], row["runtime"]) == (name, method, form) for row in rows):
+                        continue
+                    rows.append(study.row(method, form))
+                    print(rows[-1], flush=True)
+                    result["rows"] = with_kept(rows)
+                    chosen.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

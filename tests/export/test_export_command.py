@@ -1,0 +1,223 @@
+"""`layerfold export` and `layerfold inspect`: every precision from one command, and what broken inputs leave behind."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_models import tiny_net
+from torch import Tensor, nn
+
+from pipeline import cli
+from pipeline.data.preprocessing import Preprocessing
+from pipeline.export import inspect, metadata, runtimes
+from pipeline.models import store
+
+SPEC = Preprocessing(input_px=32, mean=(0.5, 0.4, 0.3), std=(0.3, 0.4, 0.5), crop_fraction=1.0)
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """The command line in this process, which has the heavy libraries already: (exit code, stdout, stderr)."""
+
+    def run(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["layerfold", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(stop.value.code or 0), out, err
+
+    return run
+
+
+def save(folder: Path, module: nn.Module, **meta: object) -> Path:
+    path = folder / "tiny.pt"
+    content = {"name": "tiny", "num_classes": 10, "input_px": 32, "preprocess": SPEC.as_dict(), "recipe": "none"}
+    store.save(path, module, content | meta)
+    return path
+
+
+def photos(folder: Path, count: int, damaged: int = 0) -> Path:
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        file = folder / f"{i:03}.jpg"
+        Image.fromarray(rng.integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(file, quality=95)
+        if i < damaged:
+            file.write_bytes(file.read_bytes()[:80])
+    return folder
+
+
+def test_every_precision_of_pixel_files_from_one_command(call: Call, tmp_path: Path) -> None:
+    model, folder, out = save(tmp_path, tiny_net()), photos(tmp_path / "train", 20, damaged=1), tmp_path / "out"
+    code, printed, said = call(
+        "export", model, "--precision", "fp32,fp16,dynamic,int8", "--input", "uint8", "--batch", "2", "--calibration",
+        folder, "--out", out,
+    )  # fmt: skip
+    assert code == 0, said
+    assert "000.jpg" in said and "1 damaged images left out, 19 used" in said
+    names = {f"tiny{infix}.{form}" for infix in ("", ".fp16", ".dynamic", ".int8") for form in ("tflite", "onnx")}
+    assert {path.name for path in out.iterdir()} == names
+    assert all(name in printed for name in names)
+    levels = np.random.default_rng(1).integers(0, 256, (6, 3, 32, 32))
+    mean, std = (np.reshape(values, (1, 3, 1, 1)) for values in (SPEC.mean, SPEC.std))
+    batch = ((levels / 255 - mean) / std).astype(np.float32)
+    with torch.no_grad():
+        expected = tiny_net().double()(torch.from_numpy(batch).double()).numpy()
+    for path in out.iterdir():
+        port = inspect.census(path).inputs[0]
+        assert (port.dtype, port.shape[0]) == ("uint8", 2), path.name
+        found = runtimes.open_model(path).predict(batch)
+        error, largest = np.abs(found - expected), np.abs(expected).max()
+        if path.name in ("tiny.tflite", "tiny.onnx"):
+            assert error.max() <= 1e-5 * largest, path.name
+        assert error.mean() <= 0.15 * largest, path.name
+    record = metadata.read(out / "tiny.int8.tflite")
+    assert record["calibration"]["count"] == 19 and record["calibration"]["seed"] == 0
+    assert [Path(name).name for name in record["calibration"]["skipped"]] == ["000.jpg"]
+    assert record["quantised"]["method"] == "ptq" and record["precision"] == "int8"
+    assert "calibration" not in metadata.read(out / "tiny.tflite")
+    code, printed, _ = call("inspect", out / "tiny.int8.tflite")
+    assert code == 0 and "CONV_2D" in printed and "uint8 2×32×32×3" in printed
+    code, printed, _ = call("inspect", out / "tiny.int8.tflite", "--json")
+    shown = json.loads(printed)
+    assert shown["metadata"]["preprocess"]["std"] == [0.3, 0.4, 0.5]
+    assert shown["ops"]["CONV_2D"] == 5 and len(shown["weights"]) == 7
+
+
+def test_float_units_stay_float_and_the_gate_knows_it(call: Call, tmp_path: Path) -> None:
+    model, folder = save(tmp_path, tiny_net()), photos(tmp_path / "train", 8)
+    code, _, said = call(
+        "export", model, "--to", "tflite", "--precision", "int8", "--calibration", folder, "--float-units",
+        "blocks.folded", "--ranges", "mse", "--equalise", "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert code == 0, said
+    found = inspect.census(tmp_path / "out" / "tiny.int8.tflite")
+    assert found.float_tensors == ("blocks.folded",)
+    options = found.metadata["quantised"]
+    assert (options["float_units"], options["ranges"], options["equalise"]) == (["blocks.folded"], "mse", True)
+
+
+class _Sine(nn.Module):
+    """An operation that both converters know and no mobile delegate runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tiny = tiny_net()
+
+    def forward(self, image: Tensor) -> Tensor:
+        return torch.sin(self.tiny(image))
+
+
+class _NoCounterpart(nn.Module):
+    def forward(self, image: Tensor) -> Tensor:
+        return torch.linalg.eigvalsh(image.mean(1) @ image.mean(1).mT)
+
+
+class _DynamicShape(nn.Module):
+    """How many numbers come out depends on the picture."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        return image[image > 0].reshape(1, -1)
+
+
+class _OneOfTwoWays(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tiny = tiny_net()
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.tiny(image) if image.sum() > 0 else -self.tiny(image)
+
+
+def _with_nan() -> nn.Module:
+    model = tiny_net()
+    with torch.no_grad():
+        model.head[0].weight[3] = float("nan")
+    return model
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        (_NoCounterpart(), ["counterpart"]),
+        (_DynamicShape(), ["depends on the image", "static shapes"]),
+        (_OneOfTwoWays(), ["cannot be traced", "static shapes"]),
+        (_with_nan(), ["'head.0.weight'", "NaN"]),
+    ],
+    ids=["unsupported", "dynamic", "branches", "nan"],
+)
+def test_a_network_that_cannot_be_exported_is_named_and_leaves_nothing(
+    module: nn.Module, words: list[str], call: Call, tmp_path: Path
+) -> None:
+    model = save(tmp_path, module)
+    for form in ("tflite", "onnx"):
+        code, printed, said = call("export", model, "--to", form, "--out", tmp_path / "out")
+        assert (code, printed) == (2, "")
+        assert all(word in said for word in words), said
+        assert not (tmp_path / "out").exists() or list((tmp_path / "out").iterdir()) == []
+
+
+def test_operators_outside_the_targets_set_fail_unless_allowed(call: Call, tmp_path: Path) -> None:
+    model, out = save(tmp_path, _Sine()), tmp_path / "out"
+    code, _, said = call("export", model, "--to", "tflite", "--out", out)
+    assert code == 2 and "operators outside the target's set: SIN" in said and "--allow-operators" in said
+    assert list(out.iterdir()) == []
+    code, _, said = call("export", model, "--to", "tflite", "--out", out, "--gate", "warn")
+    assert code == 0 and "warning: tiny.tflite: operators outside" in said
+    assert [path.name for path in out.iterdir()] == ["tiny.tflite"]
+    code, _, said = call("export", model, "--to", "onnx", "--out", out, "--allow-operators", "Sin")
+    assert code == 0 and "outside" not in said
+
+
+def test_calibration_is_refused_without_readable_training_images(call: Call, tmp_path: Path) -> None:
+    model, out = save(tmp_path, tiny_net()), tmp_path / "out"
+    cases = [
+        ([], "--precision int8 needs images"),
+        (["--calibration", photos(tmp_path / "imagenet" / "val", 2)], "names images that judge the result"),
+        (["--calibration", "mnist/eval"], "calibration on 'mnist/eval' is refused"),
+        (["--calibration", photos(tmp_path / "damaged", 12, damaged=3)], "only 9 of 12 calibration images"),
+        (["--calibration", photos(tmp_path / "broken", 40, damaged=15)], "cannot be decoded"),
+        (["--calibration", tmp_path / "nowhere"], "nowhere"),
+    ]
+    for arguments, words in cases:
+        code, printed, said = call("export", model, "--precision", "int8", "--out", out, *arguments)
+        assert (code, printed) == (2, ""), said
+        assert words in said and "fix:" in said, said
+        assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--precision", "int4"], "--precision: 'int4' is none of"),
+        (["--precision", ""], "--precision"),
+        (["--to", "tflit"], "did you mean 'tflite'?"),
+    ],
+)
+def test_wrong_words_name_the_nearest(arguments: list[str], words: str, call: Call, tmp_path: Path) -> None:
+    code, _, said = call("export", save(tmp_path, tiny_net()), "--out", tmp_path / "out", *arguments)
+    assert code == 2 and words in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_pixels_need_to_know_the_normalisation(call: Call, tmp_path: Path) -> None:
+    model = save(tmp_path, tiny_net(), preprocess=None)
+    code, _, said = call("export", model, "--input", "uint8", "--out", tmp_path / "out")
+    assert code == 2 and "preprocessed" in said
+
+
+@pytest.mark.parametrize("form", ["tflite", "onnx"])
+def test_a_truncated_file_is_named(form: str, files: dict[str, Path], call: Call, tmp_path: Path) -> None:
+    path = tmp_path / f"cut.{form}"
+    path.write_bytes(files[form].read_bytes()[:-700])
+    code, printed, said = call("inspect", path)
+    assert (code, printed) == (2, "") and path.name in said and "export it again" in said
+    half = tmp_path / "half.pt"
+    half.write_bytes(save(tmp_path, tiny_net()).read_bytes()[:2000])
+    code, _, said = call("export", half, "--to", form)
+    assert code == 2 and "half.pt" in said
