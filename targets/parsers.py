@@ -181,7 +181,8 @@ def _accelerator(line: str, known: str) -> str:
 
 _PERF_LINES = {
     "init_s": re.compile(rf"^Session creation time cost: ?{_NUMBER} s$"),
-    "avg_ms": re.compile(rf"^Average inference time cost: ?{_NUMBER} ms$"),
+    # Newer versions say "total" here; it is the same mean of one inference.
+    "avg_ms": re.compile(rf"^Average inference time cost(?: total)?: ?{_NUMBER} ms$"),
     "count": re.compile(r"^Total inference requests: ?([0-9]+)$"),
     "total_s": re.compile(rf"^Total inference time cost: ?{_NUMBER} s$"),
     "peak_bytes": re.compile(r"^Peak working set size: ?([0-9]+) bytes$"),

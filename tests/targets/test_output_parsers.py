@@ -98,6 +98,14 @@ def test_new_perf_test_output() -> None:
     assert found.peak_memory_mb == 53248000 / 2**20
 
 
+def test_newest_perf_test_output_calls_the_mean_total() -> None:
+    text = recorded("perf_test_new").replace("time cost: 12.3456 ms", "time cost total: 12.345600 ms")
+    assert "cost total: 12.3456" in text
+    assert perf_test(text) == perf_test(recorded("perf_test_new"))
+    with pytest.raises(ParseError, match="two values"):
+        perf_test(text + "Average inference time cost: 13.9 ms\n")
+
+
 def test_old_perf_test_output() -> None:
     found = perf_test(recorded("perf_test_old"))
     assert (found.avg_ms, found.count, found.peak_memory_mb) == (83.8059, 7160, None)
