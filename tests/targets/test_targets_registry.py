@@ -1,6 +1,7 @@
 """Targets by name, from here and from other packages; and what importing the package costs."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,10 +9,18 @@ from pathlib import Path
 import pytest
 
 import targets
-from targets.errors import OptionError, UnknownTargetError
+from targets.errors import OptionError, SetupError, UnknownTargetError
 from targets.registry import ENTRY_POINT_GROUP
 
 SOURCES = sorted(Path(targets.__file__).parent.rglob("*.py"))
+
+
+def test_the_documentation_names_every_target_and_variable() -> None:
+    root = Path(__file__).parents[2]
+    text = (root / "docs/targets.md").read_text()
+    assert [name for name in targets.names() if f"`{name}" not in text] == []
+    code = "".join(path.read_text() for path in (root / "targets").glob("*.py"))
+    assert set(re.findall(r"LAYERFOLD_[A-Z_]+", code)) == set(re.findall(r"LAYERFOLD_[A-Z_]+", text))
 
 
 def test_every_name_but_those_that_need_a_device_makes_its_target() -> None:
@@ -42,12 +51,16 @@ def test_another_package_adds_a_target(tmp_path: Path, monkeypatch: pytest.Monke
     info = tmp_path / "boards-1.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: boards\nVersion: 1\n")
-    (info / "entry_points.txt").write_text(f"[{ENTRY_POINT_GROUP}]\nboard = boards:Board\nhost-litert = boards:Board\n")
+    (info / "entry_points.txt").write_text(
+        f"[{ENTRY_POINT_GROUP}]\nboard = boards:Board\nhost-litert = boards:Board\nbroken = boards:None\n"
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert targets.names()[-1] == "board"
+    assert targets.names()[-2:] == ["board", "broken"]
     board = targets.get("board:b7", threads=2)
     assert board.seen == ("b7", 2)  # type: ignore[attr-defined]
     assert type(targets.get("host-litert")).__name__ == "HostTarget", "a package must not shadow a built-in target"
+    with pytest.raises(SetupError, match="broken of boards cannot be loaded"):
+        targets.get("broken")
 
 
 def test_listing_devices_names_this_machine() -> None:

@@ -11,6 +11,7 @@ that int8 output has the host's bytes; neither their milliseconds nor their rati
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,7 +24,7 @@ from targets.bench import collect
 from targets.stats import ratio_interval
 
 TOOL = Path(__file__).parents[1] / "adb_device.py"
-COUNTS = {"warmup": 1, "runs": 4, "restarts": 2}
+COUNTS = {"warmup": 1, "runs": 2, "restarts": 1}
 
 
 def benchmark(models: Path, serial: str) -> list[dict[str, Any]]:
@@ -70,6 +71,8 @@ def main() -> int:
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("--out", type=Path, required=True)
     chosen = parser.parse_args()
+    # Whoever ends this must not leave the device behind.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))
     with tempfile.TemporaryDirectory(prefix="layerfold-") as folder:
         command = [sys.executable, str(TOOL), "--state", str(Path(folder) / "state")]
         up = subprocess.run([*command, "up", "--arch", "arm64"], stdout=subprocess.PIPE, text=True)
