@@ -119,6 +119,8 @@ class QuantizeSection(Section):
     calibration_images: Count = 200
     calibration_split: str = "calibration"
     """`calibration` (drawn from train) or `train`; the splits that judge the result are refused."""
+    split_identity: bool = True
+    """Folded residual kernels are rounded without their identity, which is added by an ADD operator: 4 bits finer."""
     equalise: bool = False
     """Cross-layer range equalisation before quantising; helps `per_channel=false`. The float files stay as they are."""
     bias_correction: bool = True

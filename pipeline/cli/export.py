@@ -37,6 +37,8 @@ _PRECISIONS = ("fp32", "fp16", "dynamic", "int8")
 @click.option("--calibration", metavar="FOLDER|DATASET", default=None, help="Images for int8: a folder or a data set.")
 @click.option("--calibration-images", type=click.IntRange(1), default=200, show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Chooses the calibration images.")
+@click.option("--split-identity/--whole-kernels", default=True, show_default=True,
+              help="Round folded residual kernels without their identity.")  # fmt: skip
 @click.option("--equalise/--no-equalise", default=False, show_default=True, help="Cross-layer range equalisation.")
 @click.option("--bias-correction/--no-bias-correction", default=True, show_default=True)
 @click.option("--ranges", type=click.Choice(["minmax", "percentile", "mse"]), default="minmax", show_default=True)
@@ -60,6 +62,7 @@ def command(model: Path, formats: str, precisions: str, out: Path | None, **opti
     _require_calibration(wanted, options["calibration"])
     stored = store.load(model)
     int8 = Int8Options(
+        split_identity=options["split_identity"],
         equalise=options["equalise"],
         bias_correction=options["bias_correction"],
         per_channel=not options["per_tensor"],

@@ -1,7 +1,7 @@
 """From a float network to an int8 file: the surgery before quantisation in its right order, then the quantiser.
 
-Equalisation comes first, since it moves weights that the others must see; training with rounding next; bias correction
-last, since it measures the rounding of the weights that will ship.
+First the identity leaves the folded kernels and equalisation moves weights, since the others must see both; then comes
+training with rounding; bias correction is last, since it measures the rounding of the weights that will ship.
 """
 
 __all__ = ["QUANTISERS", "Int8Options", "Operated", "operate", "quantise"]
@@ -20,6 +20,7 @@ from pipeline.errors import ExportError
 from pipeline.export import qat, quantize
 from pipeline.export.bias_correction import correct_biases
 from pipeline.export.equalise import EqualisedPair, equalise
+from pipeline.export.identity import split_identity
 from pipeline.export.tflite import ExportInfo
 
 QUANTISERS = {"tflite": quantize.tflite_int8, "onnx": quantize.onnx_int8}
@@ -36,6 +37,7 @@ class Int8Options:
 
     Attributes:
         method: ``ptq`` quantises the network as it is; ``qat`` trains it with rounding first.
+        split_identity: Whether folded residual kernels are rounded without their identity (`pipeline.export.identity`).
         equalise: Whether neighbouring layers share their weight ranges (`pipeline.export.equalise`).
         bias_correction: Whether biases absorb the mean error of weight rounding (`pipeline.export.bias_correction`).
         per_channel: One weight scale per output channel; one per tensor otherwise.
@@ -47,6 +49,7 @@ class Int8Options:
     """
 
     method: str = "ptq"
+    split_identity: bool = True
     equalise: bool = False
     bias_correction: bool = True
     per_channel: bool = True
@@ -73,7 +76,9 @@ class Operated:
     Attributes:
         network: What to export and quantise.
         reference: The float network whose layers the int8 file's layers should reproduce: equalised and trained as
-            `network`, but with uncorrected biases. The same object where nothing was corrected.
+            `network`, but with whole kernels and uncorrected biases. The network that was given, where nothing else
+            was done.
+        identities: How much finer the scale of each kernel became whose identity was taken out, as a factor.
         pairs: What equalisation did.
         bias_shifts: The largest bias correction of each layer, in units of its output.
         losses: The loss of every step of quantisation-aware training.
@@ -81,6 +86,7 @@ class Operated:
 
     network: fx.GraphModule
     reference: fx.GraphModule
+    identities: dict[str, float]
     pairs: tuple[EqualisedPair, ...] = ()
     bias_shifts: dict[str, float] | None = None
     losses: tuple[float, ...] = ()
@@ -88,7 +94,8 @@ class Operated:
     def as_dict(self) -> dict[str, Any]:
         """What was done, as JSON-ready values for the manifest."""
         record: dict[str, Any] = {
-            "weight_spreads": {p.first: [round(p.spread_before, 3), round(p.spread_after, 3)] for p in self.pairs}
+            "identities_apart": {name: round(gain, 2) for name, gain in self.identities.items()},
+            "weight_spreads": {p.first: [round(p.spread_before, 3), round(p.spread_after, 3)] for p in self.pairs},
         }
         if self.bias_shifts is not None:
             record["bias_shifts"] = {name: round(shift, 5) for name, shift in self.bias_shifts.items()}
@@ -125,9 +132,15 @@ def operate(
     """
     if options.method not in {"ptq", "qat"}:
         raise ExportError(f"unknown quantisation method '{options.method}'", hint="expected ptq or qat")
+    reference = network
+    identities: dict[str, float] = {}
+    if options.split_identity:
+        split, identities = split_identity(network, keep=options.float_units)
+        network = split if identities else network
     pairs: list[EqualisedPair] = []
     if options.equalise:
         network, pairs = equalise(network, calibration)
+        reference = network
     losses: list[float] = []
     if options.method == "qat":
         if training is None:
@@ -144,14 +157,14 @@ def operate(
             learning_rate=options.qat_learning_rate,
             on_step=on_step,
         )
-        network = qat.finish(prepared)
-    reference, shifts = network, None
+        reference = network = qat.finish(prepared)
+    shifts = None
     if options.bias_correction:
         few = _first(calibration, _correction_images(calibration))
         network, shifts = correct_biases(
             network, few, per_channel=options.per_channel, float_layers=options.float_units
         )
-    return Operated(network, reference, tuple(pairs), shifts, tuple(losses))
+    return Operated(network, reference, identities, tuple(pairs), shifts, tuple(losses))
 
 
 def quantise(

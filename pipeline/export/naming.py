@@ -16,6 +16,7 @@ import numpy.typing as npt
 from torch import fx, nn
 
 from pipeline.export import flatbuffer
+from pipeline.export.identity import APART
 
 _WEIGHT = "/weight"
 # ONNX keeps a layer's activation apart: its output is named after the layer, with this behind it.
@@ -117,11 +118,14 @@ def name_values(proto: Any) -> None:
 def _sum_name(inputs: Sequence[str], layers: Sequence[str], taken: Iterable[str]) -> str:
     """``<block>.add`` for a sum of these inputs, after the latest of the layers among them; empty where there is none.
 
-    The other input comes from an earlier block, so the sum is the last thing that the latest layer's block computes.
+    The other input comes from an earlier block, so the sum is the last thing that the latest layer's block computes. A
+    kernel whose identity was taken out and its input sum up to the layer that they were.
     """
     latest = max((layers.index(name) for name in inputs if name in layers), default=None)
-    block = "" if latest is None else layers[latest].rpartition(".")[0]
-    name = f"{block}.add"
+    if latest is None:
+        return ""
+    block, _, leaf = layers[latest].rpartition(".")
+    name = block if leaf == APART else f"{block}.add"
     return name if block and name not in set(taken) else ""
 
 

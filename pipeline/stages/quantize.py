@@ -101,6 +101,7 @@ def options_of(recipe: Recipe) -> Int8Options:
     section = recipe.quantize
     return Int8Options(
         method=section.method,
+        split_identity=section.split_identity,
         equalise=section.equalise,
         bias_correction=section.bias_correction,
         per_channel=section.per_channel,

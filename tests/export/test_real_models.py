@@ -20,7 +20,8 @@ CENSUS = {
     "mobilenetv2_100": {"CONV_2D": 35, "DEPTHWISE_CONV_2D": 17, "ADD": 10, "PAD": 5, "MEAN": 1, "FULLY_CONNECTED": 1},
     "tf_efficientnet_lite0": {"CONV_2D": 33, "DEPTHWISE_CONV_2D": 16, "ADD": 9, "MEAN": 1, "FULLY_CONNECTED": 1},
     "tf_efficientnet_lite1": {"CONV_2D": 43, "DEPTHWISE_CONV_2D": 21, "ADD": 14, "MEAN": 1, "FULLY_CONNECTED": 1},
-    "tf_efficientnet_lite2": {"CONV_2D": 47, "DEPTHWISE_CONV_2D": 23, "ADD": 16, "MEAN": 1, "FULLY_CONNECTED": 1},
+    # As lite1: the depth multipliers 1.1 and 1.2 round up to the same number of blocks.
+    "tf_efficientnet_lite2": {"CONV_2D": 43, "DEPTHWISE_CONV_2D": 21, "ADD": 14, "MEAN": 1, "FULLY_CONNECTED": 1},
 }
 SIZES = {
     "mobilenetv2_100": 224,

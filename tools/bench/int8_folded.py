@@ -33,21 +33,23 @@ from pipeline.export.int8 import Int8Options, operate, quantise
 from pipeline.export.lowering import lower
 from pipeline.models import store
 
-PLAIN = {"equalise": False, "bias_correction": False}
-EQUALISED = {"equalise": True, "bias_correction": False}
+PLAIN = {"split_identity": False, "equalise": False, "bias_correction": False}
+EQUALISED = PLAIN | {"equalise": True}
 METHODS: dict[str, dict[str, Any]] = {
     "per-tensor": PLAIN | {"per_channel": False},
     "per-tensor, equalised": EQUALISED | {"per_channel": False},
-    "per-tensor, equalised, biases corrected": {"per_channel": False, "equalise": True, "bias_correction": True},
+    "per-tensor, equalised, biases corrected": EQUALISED | {"per_channel": False, "bias_correction": True},
     "per-channel": PLAIN,
     "per-channel, percentile 99.99": PLAIN | {"ranges": "percentile"},
     "per-channel, mse": PLAIN | {"ranges": "mse"},
     "per-channel, equalised": EQUALISED,
     "per-channel, biases corrected": PLAIN | {"bias_correction": True},
+    "per-channel, identity apart": PLAIN | {"split_identity": True},
+    "per-channel, identity apart, biases corrected": PLAIN | {"split_identity": True, "bias_correction": True},
     "per-channel, mse, biases corrected": PLAIN | {"ranges": "mse", "bias_correction": True},
     "per-channel, folded units float": PLAIN | {"float_units": True},
     "per-channel, QAT": PLAIN | {"method": "qat"},
-    "per-channel, QAT, mse": PLAIN | {"method": "qat", "ranges": "mse"},
+    "per-channel, identity apart, QAT": PLAIN | {"split_identity": True, "method": "qat"},
     "per-tensor, QAT": PLAIN | {"per_channel": False, "method": "qat"},
 }
 ONNX_TOO = ("per-tensor", "per-channel")
@@ -89,7 +91,7 @@ class Study:
         quantise(source, out, self.calibration, options)
         found = self._predict(out)
         expected = self.expected[form]
-        # Without equalisation every layer keeps its scale, so the untouched float file is the judge of each unit.
+        # Without equalisation every unit keeps its scale, so the untouched float file is the judge of each.
         reference = source if options.equalise else self.float_files[form]
         noise = sqnr.unit_noise(sqnr.layer_noise(reference, out, [self.held_out[:16]]), self.units)
         row = {
@@ -141,7 +143,7 @@ def main() -> None:
     parser.add_argument("--input-px", type=int, default=224)
     parser.add_argument("--images", type=int, default=128, help="calibration images")
     parser.add_argument("--steps", type=int, default=60, help="steps of quantisation-aware training, 16 images each")
-    parser.add_argument("--rate", type=float, default=5e-5, help="its learning rate")
+    parser.add_argument("--rate", type=float, default=1e-5, help="its learning rate")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--networks", nargs="+", choices=["baseline", "folded"], default=["baseline", "folded"])
     chosen = parser.parse_args()
