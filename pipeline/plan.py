@@ -33,8 +33,8 @@ _SPECS = (
     _StageSpec("prefold", ("prefold",), ("baseline",)),
     _StageSpec("fold", ("fold",), ("baseline", "prefold")),
     _StageSpec("postfold", ("postfold",), ("baseline", "fold")),
-    _StageSpec("export", ("export",), ("baseline", "postfold"), code_version=2),
-    _StageSpec("quantize", ("quantize",), ("baseline", "postfold", "export"), code_version=2),
+    _StageSpec("export", ("export",), ("baseline", "postfold"), code_version=3),
+    _StageSpec("quantize", ("quantize",), ("baseline", "postfold", "export"), code_version=3),
     _StageSpec("verify", ("verify",), ("baseline", "postfold", "export", "quantize"), code_version=2),
     _StageSpec("bench", ("bench",), ("export", "quantize"), ("host",), code_version=2),
     _StageSpec(

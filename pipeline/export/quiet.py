@@ -20,7 +20,8 @@ def quietly(doing: str, *, hint: str = "") -> Iterator[None]:
     """Runs a block with the process's stdout and stderr set aside, and turns what it raises into an ExportError.
 
     The converters are C++ below Python and write to the file descriptors themselves, so replacing `sys.stdout`
-    would not reach them. The text is dropped when the block ends well; when it raises, its last lines become part
+    alone would not reach them; it is replaced as well, since in a notebook or under a test it is no descriptor's. The
+    text is dropped when the block ends well; when it raises, its last lines become part
     of the error.
 
     Args:
@@ -35,13 +36,15 @@ def quietly(doing: str, *, hint: str = "") -> Iterator[None]:
     with tempfile.TemporaryFile() as log, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         saved = os.dup(1), os.dup(2)
+        text = open(os.dup(log.fileno()), "w", encoding="utf-8", errors="replace")  # noqa: PTH123, SIM115
         previous_level = logging.root.manager.disable
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
         logging.disable(logging.ERROR)
         failure: Exception | None = None
         try:
-            yield
+            with text, contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+                yield
         except LayerfoldError:
             raise
         except Exception as error:  # noqa: BLE001  (a converter may raise anything; it is chained below)
