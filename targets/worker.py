@@ -8,12 +8,13 @@ The process ends when standard input closes, so that a worker never outlives the
 Request: ``runtime`` ("litert" or "ort"), ``models`` (paths), ``threads``, ``cores`` (list or null), ``warmup``,
 ``runs``, ``seed``, ``probe`` (also measure the memory of the one model), ``exact`` (ONNX Runtime's 8-bit kernels must
 not saturate), ``marker`` (number of a system call that brackets each timed run for an instruction counter, or null),
-``watch`` (false starts no thread that waits for standard input to close). Replies: ``ready``, ``progress``,
-``result``, or ``error``, which names a class of `targets.errors`.
+``output`` (also return the output itself), ``watch`` (false starts no thread that waits for standard input to close).
+Replies: ``ready``, ``progress``, ``result``, or ``error``, which names a class of `targets.errors`.
 """
 
 from __future__ import annotations
 
+import base64
 import ctypes
 import gc
 import hashlib
@@ -77,10 +78,9 @@ class LiteRtModel:
         """Runs one inference."""
         self._interpreter.invoke()
 
-    def output_bytes(self) -> bytes:
-        """Returns the raw bytes of all outputs of the last run, in order."""
-        details = self._interpreter.get_output_details()
-        return b"".join(self._interpreter.get_tensor(item["index"]).tobytes() for item in details)
+    def outputs(self) -> list[Any]:
+        """Returns all outputs of the last run, in order."""
+        return [self._interpreter.get_tensor(item["index"]) for item in self._interpreter.get_output_details()]
 
 
 class OrtModel:
@@ -124,9 +124,9 @@ class OrtModel:
         """Runs one inference."""
         self.session.run_with_iobinding(self._binding)
 
-    def output_bytes(self) -> bytes:
-        """Returns the raw bytes of all outputs of the last run, in order."""
-        return b"".join(array.tobytes() for array in self._binding.copy_outputs_to_cpu())
+    def outputs(self) -> list[Any]:
+        """Returns all outputs of the last run, in order."""
+        return list(self._binding.copy_outputs_to_cpu())
 
 
 def fixed_input(shape: Sequence[int], dtype: Any, seed: int) -> Any:
@@ -254,9 +254,12 @@ def serve(request: dict[str, Any], reply: Callable[[dict[str, Any]], None]) -> N
     peak_kb = memory_kb("VmHWM")
     rows = []
     for index, model in enumerate(models):
-        output = model.output_bytes()
+        outputs = model.outputs()
+        output = b"".join(array.tobytes() for array in outputs)
+        values = {"dtype": str(outputs[0].dtype), "base64": base64.b64encode(output).decode()}
         rows.append(
             {
+                "output": values if request.get("output") else None,
                 "init_ms": model.init_ms,
                 "accelerator": model.accelerator,
                 "samples_ms": samples[index],

@@ -1,21 +1,24 @@
 """Counting on the emulated ARM core: the arithmetic, the plugin against a known program, and real runtimes."""
 
+import base64
 import json
+import math
 import os
 import shutil
 import subprocess
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import targets
 from targets.base import Measurement
-from targets.emulated import EmulatedTarget, net_counts, read_counts
+from targets.emulated import EmulatedTarget, net_counts, read_counts, steps_apart
 from targets.emulated_setup import EmulatedRoot, default_folder, find, setup
 from targets.errors import ModelFileError, OptionError, SetupError, TargetError, WorkerError
 from targets.host import HostTarget
+from targets.model_file import inspect
 from targets.stats import ratio_interval
 
 MakeModel = Callable[..., Path]
@@ -35,11 +38,13 @@ def root() -> EmulatedRoot:
         pytest.skip(f"the emulated root cannot be built here: {error}")
 
 
-def test_counts_are_read_sorted_and_cleared_of_the_brackets() -> None:
-    text = f"model=0 {LINE}\nmodel=0 {LINE.replace('simd=5', 'simd=9')}\n" + f"model=1 {LINE.replace('10', '4')}\n" * 2
-    model, empty = read_counts(text, models=1, runs=2)
-    net = net_counts(model, empty)
-    assert net["instructions_integer"] == 6 and net["instructions_simd"] == 2 and net["instructions_branch"] == 0
+def test_counts_are_of_the_cheapest_run_and_cleared_of_the_brackets() -> None:
+    runs = [LINE.replace("simd=5", "simd=9"), LINE, LINE.replace("simd=5", "simd=8").replace("branch=2", "branch=1")]
+    empty = [LINE.replace("integer=10", "integer=4"), LINE, LINE]
+    text = "".join(f"model=0 {line}\n" for line in runs) + "".join(f"model=1 {line}\n" for line in empty)
+    net = net_counts(*read_counts(text, models=1, runs=3))
+    # 10 - 4 and 5 - 5: the second run and the first bracket, never one run's class beside another's.
+    assert net["instructions_integer"] == 6 and net["instructions_simd"] == 0 and net["instructions_branch"] == 0
     assert "l1d_miss" not in net, "a run without the cache model has no cache figures"
 
 
@@ -152,20 +157,41 @@ def test_onnx_runtime_runs_there_too(root: EmulatedRoot, make_model: MakeModel) 
     (row,) = EmulatedTarget(cache=False).benchmark([make_model("onnx", kind="int8")])
     assert row.runtime == "ort" and row.instructions is not None and row.instructions > 1e4
     assert row.precision == "int8" and row.valid, row.invalid_reason
+    assert row.counters["output_steps_off_the_host"] == 0
     assert "l1d_miss" not in row.counters
 
 
+def output(*values: float, dtype: str = "float32") -> dict[str, str]:
+    return {"dtype": dtype, "base64": base64.b64encode(np.array(values, dtype).tobytes()).decode()}
+
+
+def test_outputs_are_compared_in_steps_of_their_quantisation() -> None:
+    reference = output(0.5, 1.0, 1.5, -3.0)
+    assert steps_apart(reference, output(0.5, 1.0, 1.5, -3.0)) == 0
+    assert steps_apart(reference, output(0.5, 1.5, 1.5, -3.0)) == 1
+    assert steps_apart(reference, output(0.5, 1.0, 1.5, -0.5)) == 5
+    assert steps_apart(output(7, -128, dtype="int8"), output(9, -128, dtype="int8")) == 1
+    assert steps_apart(output(7, 8, -128, dtype="int8"), output(9, 8, 127, dtype="int8")) == 255
+    # Values that are not quantised differ by little, and yet by many of the least gaps between any two.
+    assert steps_apart(output(0.1, 0.2, 0.9), output(0.1, 0.2, 0.90001)) == pytest.approx(1)
+    assert steps_apart(output(0.1, 0.1 + 1e-6, 0.9), output(0.1, 0.1 + 1e-6, 0.90001)) > 5
+    for other in (output(0.5), output(0.5, 1.0, 1.5, math.nan), output(1, 2, 3, 4, dtype="int8")):
+        assert steps_apart(reference, other) == math.inf
+
+
+@pytest.mark.parametrize(
+    ("form", "steps", "valid"), [("tflite", 1, False), ("onnx", 1, True), ("onnx", 2, True), ("onnx", 3, False)]
+)
 def test_an_int8_output_that_differs_from_the_hosts_is_said_so(
-    root: EmulatedRoot, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+    form: str, steps: int, valid: bool, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    genuine = HostTarget.benchmark
-
-    def other_bytes(self: HostTarget, *paths: object, **counts: object) -> list[Measurement]:
-        return [replace(row, output_sha256="0" * 64) for row in genuine(self, *paths, **counts)]  # type: ignore[arg-type]
-
-    monkeypatch.setattr(HostTarget, "benchmark", other_bytes)
-    (row,) = EmulatedTarget(cache=False).benchmark([make_model("tflite", kind="int8")])
-    assert not row.valid and "differs from the host's" in row.invalid_reason
+    host, away = output(0.0, 0.25, 1.0), output(0.0, 0.25, 1.0 + 0.25 * steps)
+    monkeypatch.setattr("targets.emulated.run_worker", lambda *words, **options: {"models": [{"output": host}]})
+    file = inspect(make_model(form, kind="int8"), expected=form, runtime="any")
+    runtime = {"tflite": "litert", "onnx": "ort"}[form]
+    found, reason = EmulatedTarget()._compare_with_host(file, runtime, away)
+    assert found == steps and (reason == "") == valid
+    assert valid or f"differs from the host's for the same input, by up to {steps} steps" in reason
 
 
 def test_a_damaged_model_is_a_typed_error_there_too(root: EmulatedRoot, make_model: MakeModel, tmp_path: Path) -> None:
