@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import VerifyError
 from pipeline.export import runtimes
-from pipeline.export.verify import Thresholds, verify
+from pipeline.export.verify import Labelled, Thresholds, judge, verify
 
 Files = dict[str, Path]
 
@@ -134,3 +134,13 @@ def test_a_network_that_predicts_nan_is_refused(files: Files) -> None:
 def test_no_images_are_refused(files: Files, network: TinyNet) -> None:
     with pytest.raises(VerifyError, match="holds no images"):
         verify([files["onnx"]], network, Pictures(count=0))
+
+
+def test_the_first_of_tied_classes_is_the_one_that_is_named() -> None:
+    """Int8 logits tie often; accuracy and agreement must name the same class then."""
+    logits = np.tile(np.array([0, 2, 2, 2, 2, 2, 2, 1], dtype=np.float32), (8, 1))
+    labels = np.arange(8)
+    report = judge("x", logits, logits, Labelled(logits, logits, labels), names=list("abcdefgh"), limits=Thresholds())
+    assert report.top1 == 1 / 8 and report.network_top1 == 1 / 8
+    assert report.top5 == 5 / 8
+    assert report.agreement == 1.0
