@@ -62,6 +62,30 @@ def test_a_recipe_is_found_by_path_and_by_shipped_name(tmp_path) -> None:
         recipe_files.load("quikstart")
 
 
+def test_a_recipe_with_a_base_holds_only_its_changes(tmp_path) -> None:
+    (tmp_path / "mine.yaml").write_text(
+        "base: quickstart\nname: mine\nprefold: {lambda_c: 2, train: {epochs: 9}}\nquick: {bench.runs: 3}\n"
+    )
+    mine = recipe_files.load(str(tmp_path / "mine.yaml")).resolved()
+    theirs = recipe_files.load("quickstart").resolved()
+    assert mine["prefold"]["lambda_c"] == 2 and mine["prefold"]["train"]["epochs"] == 9
+    theirs["name"], theirs["prefold"]["lambda_c"], theirs["prefold"]["train"]["epochs"] = "mine", 2, 9
+    assert mine == theirs
+    quick = recipe_files.load(str(tmp_path / "mine.yaml"), quick=True)
+    assert (quick.bench.runs, quick.data.train_images) == (
+        3,
+        recipe_files.load("quickstart", quick=True).data.train_images,
+    )
+
+
+def test_a_base_that_leads_back_to_itself_is_refused(tmp_path) -> None:
+    one, two = tmp_path / "one.yaml", tmp_path / "two.yaml"
+    one.write_text(f"base: {two}\nname: one\n")
+    two.write_text(f"base: {one}\nname: two\n")
+    with pytest.raises(RecipeError, match="leads back to itself"):
+        recipe_files.load(str(one))
+
+
 @pytest.mark.parametrize("text", ["[1, 2]", "a: [", "\x00", "just words"])
 def test_a_file_that_is_no_mapping_is_refused(tmp_path, text: str) -> None:
     path = tmp_path / "bad.yaml"

@@ -34,6 +34,8 @@ class AlphaUnit(nn.Module):
         super().__init__()
         self.unit, self.replacement, self.alpha, self.group = unit, replacement, alpha, group
         self.frozen: float | None = None
+        self._of_unit = [name for name, p in unit.named_parameters() if p.requires_grad]
+        self._of_replacement = [name for name, p in replacement.named_parameters() if p.requires_grad]
 
     def freeze(self, value: float | None) -> None:
         """Fixes α at `value`, or with None lets it train again; at exactly 0 or 1 only one of the two runs."""
@@ -42,6 +44,11 @@ class AlphaUnit(nn.Module):
                 self.alpha.fill_(value)
         self.frozen = value
         self.alpha.requires_grad_(value is None)
+        # What does not run gets no gradient; data-parallel training would wait for it.
+        for name in self._of_unit:
+            self.unit.get_parameter(name).requires_grad_(value != 1.0)
+        for name in self._of_replacement:
+            self.replacement.get_parameter(name).requires_grad_(value != 0.0)
 
     def forward(self, x: Tensor) -> Tensor:
         """Blends the outputs of both."""

@@ -61,6 +61,11 @@ class AlphaSchedule:
             return self.lambda_c
         return self.lambda_c * position / self.lambda_warmup
 
+    @property
+    def settled_at(self) -> float:
+        """Position from which nothing is forced any more: what is trained is what will be settled, or α is free."""
+        return max(self.anneal_fraction if self.anneal else 0.0, self.snap_at or 0.0)
+
     def annealed(self, position: float) -> dict[str, float]:
         """The forced α at a position: each rises linearly and ends at exactly 1."""
         done = 1.0 if self.anneal_fraction == 0 else min(position / self.anneal_fraction, 1.0)

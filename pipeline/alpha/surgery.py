@@ -13,6 +13,7 @@ __all__ = [
     "attach",
     "clamp_",
     "freeze_",
+    "hold_",
     "parameters",
     "ring_report",
     "set_values",
@@ -205,6 +206,13 @@ def freeze_(student: nn.Module, fixed: Mapping[str, float | None]) -> None:
     for blend in _blends(student):
         if blend.group in fixed:
             blend.freeze(fixed[blend.group])
+
+
+def hold_(student: nn.Module) -> None:
+    """Gives every fixed α its value again, after other weights (an average, an earlier epoch's) were loaded over it."""
+    for blend in _blends(student):
+        if blend.frozen is not None:
+            blend.freeze(blend.frozen)
 
 
 def snap_(student: nn.Module, threshold: float = 0.9) -> dict[str, float]:

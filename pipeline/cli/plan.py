@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from pipeline.cli.options import out_option, quick_option, recipe_argument, run_folder, say, set_option
+from pipeline.cli.options import duration, out_option, quick_option, recipe_argument, run_folder, say, set_option
 
 _EPILOG = """\b
 Examples:
@@ -25,6 +25,14 @@ def command(recipe: str, out: Path | None, overrides: tuple[str, ...], quick: bo
     """Show the stages of RECIPE with their hashes, what is cached already, and roughly how long the rest takes."""
     from rich.console import Console
     from rich.table import Table
+
+    from pipeline.study.schema import is_study
+
+    if is_study(recipe):
+        from pipeline.cli.study import plan_study
+
+        plan_study(recipe, out, overrides, quick, estimate=estimate)
+        return
 
     from pipeline import facts, plan, preflight, recipe_files, runner
 
@@ -47,17 +55,9 @@ def command(recipe: str, out: Path | None, overrides: tuple[str, ...], quick: bo
         state = states[stage.name]
         to_do_s = 0.0 if state in ("cached", "shared") else seconds.get(stage.name, 0.0)
         total_s += to_do_s
-        table.add_row(stage.name, stage.hash, state, _duration(to_do_s) if seconds and to_do_s else "")
+        table.add_row(stage.name, stage.hash, state, duration(to_do_s) if seconds and to_do_s else "")
     console = Console(width=None if Console().is_terminal else 120)
     console.print(table)
     console.print(f"data: {found['data']}   weights: {found['weights']}", highlight=False, markup=False)
     if seconds:
-        console.print(f"to do: about {_duration(total_s)} on this machine", highlight=False, markup=False)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
+        console.print(f"to do: about {duration(total_s)} on this machine", highlight=False, markup=False)

@@ -2,13 +2,19 @@
 
 __all__ = ["command"]
 
-import signal
 from pathlib import Path
-from types import FrameType
 
 import click
 
-from pipeline.cli.options import out_option, quick_option, recipe_argument, run_folder, say, set_option
+from pipeline.cli.options import (
+    out_option,
+    quick_option,
+    recipe_argument,
+    run_folder,
+    say,
+    set_option,
+    terminated_as_interrupt,
+)
 from pipeline.errors import VerifyError
 
 _EPILOG = """\b
@@ -17,6 +23,7 @@ Examples:
   layerfold run efficientnet_lite/lite0_photos --out runs/lite0
   layerfold run mobilenet_v2/imagenet_100 --set data.root=/data/imagenet
   layerfold run my_recipe.yaml --quick --set prefold.lambda_c=0.5
+  layerfold run study/ednl --quick
 """
 
 
@@ -26,10 +33,17 @@ Examples:
 @set_option
 @quick_option
 def command(recipe: str, out: Path | None, overrides: tuple[str, ...], quick: bool) -> None:
-    """Run RECIPE (a shipped name or a YAML file) and print its table.
+    """Run RECIPE (a shipped name or a YAML file; a study too) and print its table.
 
     Finished stages are kept and never run again; a stopped or killed run resumes with the same command.
     """
+    from pipeline.study.schema import is_study
+
+    if is_study(recipe):
+        from pipeline.cli.study import run_study
+
+        run_study(recipe, out, overrides, quick)
+        return
     from pipeline import facts, plan, preflight, recipe_files, runner
     from pipeline.cli.progress import TerminalEvents
     from pipeline.results.collect import load_report
@@ -40,12 +54,8 @@ def command(recipe: str, out: Path | None, overrides: tuple[str, ...], quick: bo
     states = runner.stage_states(planned, folder)
     if states["prefold"] not in ("cached", "shared"):
         preflight.check(loaded, load_weights=states["baseline"] not in ("cached", "shared"))
-    previous = signal.signal(signal.SIGTERM, _as_interrupt)
-    try:
-        with TerminalEvents(len(planned.stages)) as events:
-            outcome = runner.execute(planned, folder, events)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    with terminated_as_interrupt(), TerminalEvents(len(planned.stages)) as events:
+        outcome = runner.execute(planned, folder, events)
     report = load_report(outcome.folder / "report.json")
     from pipeline.report.table import terminal_table
 
@@ -56,7 +66,3 @@ def command(recipe: str, out: Path | None, overrides: tuple[str, ...], quick: bo
             "; ".join(report.failures),
             hint=f"see the red rows of {outcome.folder / 'report.html'}; the files are kept for inspection",
         )
-
-
-def _as_interrupt(signum: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt

@@ -22,6 +22,7 @@ def render(report: RunReport) -> str:
             (title, Markup(svg))
             for title, svg in (
                 ("Latency, folded over baseline", plots.latency_plot(report)),
+                ("α during pre-folding", plots.alpha_progress_plot(report)),
                 ("α after pre-folding", plots.alpha_plot(report)),
             )
             if svg

@@ -1,6 +1,6 @@
 """The report's plots as inline SVG: latency ratios with their intervals, α of every unit, MACs and accuracy."""
 
-__all__ = ["alpha_plot", "latency_plot"]
+__all__ = ["alpha_plot", "alpha_progress_plot", "latency_plot"]
 
 import io
 
@@ -47,6 +47,23 @@ def alpha_plot(report: RunReport) -> str:
     axes.set_xlim(0, 1)
     axes.invert_yaxis()
     axes.set_xlabel("α (1 = linear); orange units were folded")
+    return _svg(figure)
+
+
+def alpha_progress_plot(report: RunReport) -> str:
+    """α of every candidate over the steps of pre-folding; empty where none was trained."""
+    if not report.alpha_trace:
+        return ""
+    figure = Figure(figsize=(7, 3), layout="constrained")
+    axes = figure.subplots()
+    steps = [point.step for point in report.alpha_trace]
+    for name in report.alpha_trace[-1].alphas:
+        line = [point.alphas[name] for point in report.alpha_trace]
+        folded = name in report.units_folded
+        axes.plot(steps, line, color=_ORANGE if folded else _GREY, linewidth=1.4 if folded else 0.8)
+    axes.set_xlabel("optimiser step; orange units were folded")
+    axes.set_ylabel("α (1 = linear)")
+    axes.set_ylim(-0.03, 1.03)
     return _svg(figure)
 
 

@@ -69,6 +69,7 @@ def collect(recipe: Recipe, stages: Mapping[str, StageOutput]) -> RunReport:
         units_folded=fold["units_folded"],
         units_skipped=fold["units_skipped"],
         alphas=prefold["alphas"],
+        alpha_trace=prefold["details"].get("alpha_trace", []),
         fold_max_abs_error=fold["max_abs_error"],
         fold_changed_predictions=fold["changed_predictions"],
         baseline=_model("baseline", baseline["counts"], verify, stages),

@@ -7,6 +7,7 @@ field changes meaning or goes away; new fields may come without.
 
 __all__ = [
     "SCHEMA_VERSION",
+    "AlphaPoint",
     "CalibrationEntry",
     "CensusRow",
     "FileEntry",
@@ -191,6 +192,13 @@ class PaperRow(_Part):
     flops_reduction_percent: float
 
 
+class AlphaPoint(_Part):
+    """α of every unit or layer after so many optimiser steps of pre-folding."""
+
+    step: int
+    alphas: dict[str, float]
+
+
 class RunReport(_Part):
     """Everything that a run's report shows."""
 
@@ -211,6 +219,7 @@ class RunReport(_Part):
     units_folded: list[str]
     units_skipped: dict[str, str]
     alphas: dict[str, float]
+    alpha_trace: list[AlphaPoint] = []
     fold_max_abs_error: float
     fold_changed_predictions: int
     baseline: ModelResult

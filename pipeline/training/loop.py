@@ -152,12 +152,13 @@ class _Fit:
                             self._read_losses()
                         self._save()
                     raise
-        if self.alpha is not None:
-            alphas.apply_(model, self.alpha, 1.0)
         if self.state.average is not None:
             self.state.average.swap(model)
         if self.state.best_state is not None:
             model.load_state_dict(self.state.best_state)
+        if self.alpha is not None:
+            alphas.hold_(model)
+            alphas.apply_(model, self.alpha, 1.0)
         model.zero_grad(set_to_none=True)
         final = self.scorer.score(model)
         model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
@@ -234,7 +235,9 @@ class _Fit:
         }
         state.loss_sum = 0.0
         state.history.append(row)
-        evaluation = self.scorer.end_of_epoch(state)
+        # The best epoch must not be one from before α came to rest: its weights belong to another network.
+        settled = self.alpha is None or state.step / self.total_steps >= self.alpha.settled_at
+        evaluation = self.scorer.end_of_epoch(state, watch=settled)
         if evaluation is not None:
             row["evaluation"] = evaluation.as_dict()
 

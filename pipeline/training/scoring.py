@@ -40,14 +40,19 @@ class Scorer:
             model, self.held_out, batch_size=self.config.batch_size, teacher=self.teacher, device=self.device
         )
 
-    def end_of_epoch(self, state: TrainState) -> Evaluation | None:
-        """Scores the moving average where there is one, and stops the fine-tuning when patience ran out."""
+    def end_of_epoch(self, state: TrainState, *, watch: bool = True) -> Evaluation | None:
+        """Scores the moving average where there is one, and stops the fine-tuning when patience ran out.
+
+        Args:
+            state: What is trained.
+            watch: Whether this epoch may be the best one and counts against patience.
+        """
         if self.held_out is None:
             return None
         if state.average is not None:
             state.average.swap(state.model)
         evaluation = self.score(state.model)
-        if self.config.patience is not None and evaluation is not None:
+        if self.config.patience is not None and evaluation is not None and watch:
             self._watch(state, evaluation, self.config.patience)
         if state.average is not None:
             state.average.swap(state.model)

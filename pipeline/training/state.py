@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from pipeline.alpha.activation import AlphaActivation
+from pipeline.alpha.replacement import AlphaUnit
 from pipeline.errors import TrainingError
 from pipeline.training.average import MovingAverage
 
@@ -61,7 +62,7 @@ class TrainState:
             "optimiser": self.optimiser.state_dict(),
             "scaler": self.scaler.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
-            "frozen": {m.group: m.frozen for m in self.model.modules() if isinstance(m, AlphaActivation)},
+            "frozen": {m.group: m.frozen for m in self.model.modules() if isinstance(m, AlphaActivation | AlphaUnit)},
             "fingerprint": self.fingerprint,
             **{name: copy.copy(getattr(self, name)) for name in self._PLAIN},
         }
@@ -83,7 +84,7 @@ class TrainState:
                 hint="delete the checkpoint folder to start over, or give another one",
             )
         for module in self.model.modules():
-            if isinstance(module, AlphaActivation):
+            if isinstance(module, AlphaActivation | AlphaUnit):
                 module.freeze(saved["frozen"][module.group])
         self.model.load_state_dict(saved["model"])
         self.optimiser.load_state_dict(saved["optimiser"])

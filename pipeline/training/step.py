@@ -87,8 +87,8 @@ class Stepper:
         return total
 
     def _wrap_anew(self) -> None:
-        """Tells the averaging over processes which parameters train, when the schedule has frozen some α."""
-        training = tuple(parameter.requires_grad for parameter in alphas.parameters(self.state.model))
+        """Tells the averaging over processes which parameters train, when the schedule has frozen some."""
+        training = tuple(parameter.requires_grad for parameter in self.state.model.parameters())
         if training != self._training:
             self._training = training
             self.objective.student = self.world.wrap(self._plain)

@@ -146,3 +146,10 @@ def test_a_report_survives_json_and_a_damaged_one_is_named(tmp_path) -> None:
         load_report(path)
     with pytest.raises(ArtifactError, match="cannot read"):
         load_report(tmp_path / "none.json")
+
+
+def test_the_progress_of_alpha_is_drawn_where_there_was_any() -> None:
+    trace = [{"step": step, "alphas": {"blocks.3.2": step / 10, "blocks.1.1": 0.1}} for step in range(1, 11)]
+    page = html.render(_report(alpha_trace=trace))
+    assert "α during pre-folding" in page and page.count("<figure>") == html.render(_report()).count("<figure>") + 1
+    assert "α during pre-folding" not in html.render(_report())

@@ -236,6 +236,19 @@ def test_early_stop_gives_the_best_network_back(tmp_path: Path) -> None:
     assert result.final is not None and result.final.top1 == max(scores)
 
 
+def test_average_and_best_epoch_leave_forced_alphas_at_their_ends(tmp_path: Path) -> None:
+    student = alpha.attach(tiny_network(), ["2", "5"])
+    schedule = alpha.AlphaSchedule(anneal=("2", "5"), anneal_fraction=0.6)
+    config = FitConfig(epochs=5, lr=1e-6, batch_size=16, ema_decay=0.99, patience=10)
+    result = fit(student, TinySource(), config, evaluate=TinySource(20), checkpoint_dir=tmp_path, alpha=schedule)
+    # At such a rate accuracy stands still, so the first epoch that counts stays the best: one after the annealing.
+    assert alpha.values(result.model) == {"2": 1.0, "5": 1.0}
+    assert result.final is not None
+    settled = alpha.settle(result.model)
+    x = TinySource(20).images
+    torch.testing.assert_close(settled(x), result.model(x))
+
+
 def test_distillation_without_labels_follows_the_teacher(tmp_path: Path) -> None:
     teacher = tiny_network()
     fit(teacher, TinySource(128), FitConfig(epochs=4, lr=0.05, batch_size=16), checkpoint_dir=tmp_path / "teacher")
