@@ -18,6 +18,7 @@ __all__ = ["Package", "fetch", "unpack"]
 
 _KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 _TIMEOUT_S = 900.0
+_LOCAL_TIMEOUT_S = 300.0
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ def unpack(packages: Sequence[Package], root: Path) -> None:
     """
     root.mkdir(parents=True, exist_ok=True)
     for package in packages:
-        done = subprocess.run(["dpkg-deb", "-x", str(package.path), str(root)], capture_output=True, text=True)
+        argv = ["dpkg-deb", "-x", str(package.path), str(root)]
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=_LOCAL_TIMEOUT_S)
         if done.returncode != 0:
             raise SetupError(f"cannot unpack {package.path.name}: {done.stderr.strip()}", hint="delete that file")
 
@@ -94,7 +96,7 @@ def _archive() -> str:
     """Finds where this machine gets Debian's main archive from."""
     listing = subprocess.run(
         ["apt-get", "indextargets", "--format", "$(ORIGIN)|$(LABEL)|$(REPO_URI)", "Created-By: Packages"],
-        capture_output=True, text=True,
+        capture_output=True, text=True, timeout=_LOCAL_TIMEOUT_S,
     )  # fmt: skip
     for line in listing.stdout.splitlines():
         origin, _, rest = line.partition("|")

@@ -217,9 +217,11 @@ def steps_apart(first: Mapping[str, str], second: Mapping[str, str]) -> float:
 
 def _command(root: EmulatedRoot, counts_file: Path, *, cache: bool) -> list[str]:
     plugin = f"{root.plugin},out={counts_file},marker={MARKER}" + (",cache=on" if cache else "")
+    # The worker there has no thread that watches for the end of the one who asked: the kernel has to.
+    tie = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
     # Without address randomisation the cache model sees the same addresses every time.
     return [
-        "setarch", "-R", *root.command(), "-cpu", _CPU, "-L", str(root.sysroot), "-plugin", plugin,
+        *tie, "setarch", "-R", *root.command(), "-cpu", _CPU, "-L", str(root.sysroot), "-plugin", plugin,
         str(root.sysroot / "usr/bin/python3.11"), "-B", str(WORKER_FILE),
     ]  # fmt: skip
 

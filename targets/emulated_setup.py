@@ -33,6 +33,7 @@ _PLATFORMS = ("manylinux_2_28_aarch64", "manylinux_2_27_aarch64", "manylinux_2_1
 _DEFAULT_VERSIONS = {"ai-edge-litert": "2.3.0", "onnxruntime": "1.31.1", "numpy": "2.4.6"}
 _PLUGIN_SOURCE = Path(__file__).parent / "qemu_plugin/count.c"
 _PIP_TIMEOUT_S = 900.0
+_COMPILER_TIMEOUT_S = 300.0
 _DEB_ARCH = {"x86_64": "amd64", "aarch64": "arm64"}
 _REVISION = 1
 
@@ -135,6 +136,8 @@ def setup(progress: OnStep | None = None, *, folder: Path | None = None) -> Emul
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _build(folder, progress or (lambda share, what: None))
+    except subprocess.TimeoutExpired as error:
+        raise SetupError(f"{error.cmd[0]} took over {error.timeout:.0f} s", hint="try again: it resumes") from error
     except OSError as error:
         hint = "see that there are 700 MB of room and the right to write there"
         raise SetupError(f"cannot build in {folder}: {error.strerror or error}", hint=hint) from error
@@ -250,7 +253,7 @@ def _plugin(folder: Path) -> None:
         raise SetupError("no C compiler is on this machine", hint="install gcc")
     made = folder / "count.so.part"
     argv = [compiler, "-std=c11", "-O2", "-fPIC", "-shared", "-o", str(made), str(_PLUGIN_SOURCE)]
-    done = subprocess.run(argv, capture_output=True, text=True)
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=_COMPILER_TIMEOUT_S)
     if done.returncode != 0:
         raise SetupError(f"{Path(compiler).name} cannot compile {_PLUGIN_SOURCE.name}: {done.stderr[-400:]}")
     made.replace(folder / "count.so")

@@ -9,12 +9,14 @@ The second count shows how well the first repeats; with --second-root it is take
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import targets
 from targets.base import layerfold_version
 from targets.emulated_setup import setup
 
 PAIRS = ("", ".int8")
+FORMS = ("tflite", "onnx")
 
 
 def main() -> None:
@@ -23,6 +25,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--second-root", type=Path)
+    parser.add_argument("--form", choices=FORMS, action="append", help="only this format; other rows of --out are kept")
     chosen = parser.parse_args()
     setup(lambda share, what: print(f"root {share:.0%}: {what}"))
     first = targets.get("emulated-arm64")
@@ -30,8 +33,14 @@ def main() -> None:
     if chosen.second_root:
         setup(folder=chosen.second_root)
         second = targets.get("emulated-arm64", folder=chosen.second_root)
-    rows = []
-    for form in ("tflite", "onnx"):
+    wanted = chosen.form or FORMS
+    rows: list[dict[str, Any]] = []
+    if chosen.out.exists():
+        kept = {"litert": "tflite", "ort": "onnx"}
+        rows = [
+            row for row in json.loads(chosen.out.read_text())["rows"] if kept[row["runtime"].split()[0]] not in wanted
+        ]
+    for form in wanted:
         for infix in PAIRS:
             files = [chosen.folder / f"{name}{infix}.{form}" for name in ("baseline", "folded")]
             baseline, folded = first.benchmark(files)
