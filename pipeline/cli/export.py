@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from pipeline.export.calibration import Calibration
     from pipeline.export.conversion import Checked
     from pipeline.export.input_format import PixelInput
     from pipeline.export.int8 import Int8Options
@@ -89,9 +90,7 @@ def _write(
     import torch
 
     import pipeline
-    from pipeline.data.preprocessing import Preprocessing
     from pipeline.export import metadata
-    from pipeline.export.calibration import collect, open_images
     from pipeline.export.conversion import EXPORTERS, SHRINKERS, check, file_name, without_needless_pads
     from pipeline.export.int8 import operate, quantise
     from pipeline.export.lowering import lower
@@ -103,14 +102,7 @@ def _write(
     content = meta | {"layerfold": pipeline.__version__, "input": options["input_kind"]}
     taken, ready = None, None
     if "int8" in precisions:
-        count, seed = options["calibration_images"], options["seed"]
-        spec = Preprocessing.from_dict(_preprocess(meta))
-        source = open_images(options["calibration"], spec, limit=count, seed=seed)
-        taken = collect(source, asked=count, seed=seed)
-        for damaged, reason in taken.skipped.items():
-            click.echo(f"calibration: left out {damaged}: {reason}", err=True)
-        if taken.skipped:
-            click.echo(f"calibration: {len(taken.skipped)} damaged images left out, {taken.count} used", err=True)
+        taken = _calibration(meta, options)
         ready = operate(network, taken.batches, int8)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as text:
@@ -142,6 +134,21 @@ def _write(
         for path in finished:
             target = path.replace(folder / path.name)
             click.echo(f"{target}  {target.stat().st_size / 1e6:.2f} MB")
+
+
+def _calibration(meta: dict[str, Any], options: dict[str, Any]) -> "Calibration":
+    """Reads the calibration images and names those that cannot be read."""
+    from pipeline.data.preprocessing import Preprocessing
+    from pipeline.export.calibration import collect, open_images
+
+    count, seed = options["calibration_images"], options["seed"]
+    spec = Preprocessing.from_dict(_preprocess(meta))
+    taken = collect(open_images(options["calibration"], spec, limit=count, seed=seed), asked=count, seed=seed)
+    for damaged, reason in taken.skipped.items():
+        click.echo(f"calibration: left out {damaged}: {reason}", err=True)
+    if taken.skipped:
+        click.echo(f"calibration: {len(taken.skipped)} damaged images left out, {taken.count} used", err=True)
+    return taken
 
 
 def _judge(checked: "list[Checked]", gate: str) -> None:
