@@ -35,13 +35,13 @@ _SPECS = (
     _StageSpec("postfold", ("postfold",), ("baseline", "fold")),
     _StageSpec("export", ("export",), ("baseline", "postfold"), code_version=3),
     _StageSpec("quantize", ("quantize",), ("baseline", "postfold", "export"), code_version=3),
-    _StageSpec("verify", ("verify",), ("baseline", "postfold", "export", "quantize"), code_version=2),
+    _StageSpec("verify", ("verify",), ("baseline", "postfold", "export", "quantize"), code_version=3),
     _StageSpec("bench", ("bench",), ("export", "quantize"), ("host",), code_version=2),
     _StageSpec(
         "report",
         ("report", "name", "description", "variant"),
         ("baseline", "prefold", "fold", "postfold", "export", "quantize", "verify", "bench"),
-        code_version=2,
+        code_version=3,
     ),
 )
 

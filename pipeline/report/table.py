@@ -51,6 +51,9 @@ def _calibration_lines(report: RunReport) -> list[str]:
         f"int8: {options}; calibrated on {taken.count} images of {taken.source} "
         f"(seed {taken.seed}, sha256 {taken.sha256[:12]})"
     ]
+    if report.identities_apart:
+        finer = ", ".join(f"{name} ({gain:.1f} times finer)" for name, gain in report.identities_apart.items())
+        lines.append(f"int8 rounds these kernels without their identity, which an ADD brings back: {finer}")
     if taken.skipped:
         named = "; ".join(f"{path} ({reason})" for path, reason in taken.skipped.items())
         lines.append(f"{len(taken.skipped)} damaged calibration images left out: {named}")

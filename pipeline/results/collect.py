@@ -83,6 +83,7 @@ def collect(recipe: Recipe, stages: Mapping[str, StageOutput]) -> RunReport:
         noise=[NoiseRow.model_validate(row) for row in quantize["noise"]],
         calibration=CalibrationEntry.model_validate(quantize["calibration"]),
         quantised=quantize["options"],
+        identities_apart=quantize["networks"]["folded"]["identities_apart"],
         failures=[f"{row.model} {row.kind}: {row.reason}" for row in rows if not row.passed]
         + [f"{row.model} {row.first} and {row.second}: {row.reason}" for row in opinions if not row.passed]
         + [f"bench {row.target} {row.precision}: {row.note}" for row in latency if row.failed],

@@ -234,3 +234,5 @@ class RunReport(_Part):
     noise: list[NoiseRow] = []
     calibration: CalibrationEntry | None = None
     quantised: dict[str, str | bool | float | int | list[str]] = {}
+    identities_apart: dict[str, float] = {}
+    """Folded kernels that int8 rounds without their identity, and how many times finer their scale became."""

@@ -9,7 +9,18 @@ from pipeline.errors import ArtifactError
 from pipeline.report import html, table
 from pipeline.results.collect import load_report
 from pipeline.results.paper import IMAGENET_ROWS
-from pipeline.results.schema import FileEntry, LatencyRow, ModelResult, RunReport, VerifyRow
+from pipeline.results.schema import (
+    CalibrationEntry,
+    CensusRow,
+    FileEntry,
+    LatencyRow,
+    ModelResult,
+    NoiseRow,
+    OpinionRow,
+    RunReport,
+    VerifyRow,
+    WorstImageRow,
+)
 
 _KINDS = ("tflite_fp32", "tflite_int8", "onnx_fp32", "onnx_int8")
 
@@ -153,3 +164,73 @@ def test_the_progress_of_alpha_is_drawn_where_there_was_any() -> None:
     page = html.render(_report(alpha_trace=trace))
     assert "α during pre-folding" in page and page.count("<figure>") == html.render(_report()).count("<figure>") + 1
     assert "α during pre-folding" not in html.render(_report())
+
+
+def _checked(**change: object) -> RunReport:
+    verify = VerifyRow(
+        model="folded", kind="tflite_int8", images=50, accuracy=0.8, agreement=0.7, max_abs_logit_error=1.5,
+        mean_abs_logit_error=0.1, passed=False, reason="agrees too rarely", top5=0.95, relative_error=0.125,
+        worst=[WorstImageRow(index=3, name="photos/eval: <cat>.png", max_abs_error=1.5, network_class=4,
+                             file_class=281)],
+    )  # fmt: skip
+    opinion = OpinionRow(
+        model="folded", first="tflite_int8", second="onnx_int8", agreement=0.5, max_abs_logit_difference=2.0,
+        passed=False, reason="they agree on 50.00% of the images, 80.00% asked",
+    )  # fmt: skip
+    census = [
+        CensusRow(model=model, kind="tflite_fp32", ops={"CONV_2D": count, "PAD": 5}, fused_activations={"RELU6": count},
+                  float_tensors=[], widest_layer="conv_stem", widest_spread=12.5, findings=[])
+        for model, count in (("baseline", 35), ("folded", 32))
+    ]  # fmt: skip
+    noise = [
+        NoiseRow(model=model, file=f"{model}.int8.tflite", name="blocks.3.2", folded=model == "folded", sqnr_db=level,
+                 worst_channel_db=None)
+        for model, level in (("baseline", 16.4), ("folded", 22.1))
+    ]  # fmt: skip
+    taken = CalibrationEntry(
+        source="photos/calibration", seed=3, asked=12, count=11, sha256="ab" * 32, skipped={"x/broken.jpg": "OSError"}
+    )
+    fields = {"verify": [verify], "opinions": [opinion], "census": census, "noise": noise, "calibration": taken,
+              "quantised": {"method": "ptq", "per_channel": True, "float_units": []},
+              "identities_apart": {"blocks.3.2": 14.0}}  # fmt: skip
+    return _report(**(fields | change))
+
+
+def test_every_check_of_a_file_is_shown() -> None:
+    text = table.markdown(_checked())
+    for words in (
+        "| **folded TFLite int8** | **80.00%** | **95.00%** | **70.00%** |",
+        "**failed: agrees too rarely**",
+        "**TFLite int8 and ONNX int8**",
+        "they agree on 50.00% of the images",
+        "| folded TFLite int8 | photos/eval: <cat>.png | 1.5 | 4 | 281 |",
+        "| CONV_2D | 35 | 32 |",
+        "| RELU6, fused | 35 | 32 |",
+        "| widest weights | 12.5× conv_stem | 12.5× conv_stem |",
+        "| blocks.3.2 (folded) | 16.4 | 22.1 | exact | exact |",
+        "calibrated on 11 images of photos/calibration (seed 3, sha256 abababababab)",
+        "method ptq, per_channel yes; calibrated",
+        "1 damaged calibration images left out: x/broken.jpg (OSError)",
+        "without their identity, which an ADD brings back: blocks.3.2 (14.0 times finer)",
+    ):
+        assert words in text, words
+    page = html.render(_checked())
+    assert "&lt;cat&gt;.png" in page and page.count('<tr class="failed">') >= 2
+    terminal = [item.title for item in table.reduction_tables(_checked())]
+    assert "Verification" not in terminal and "Verification" in [item.title for item in table.all_tables(_checked())]
+
+
+def test_an_older_report_without_the_checks_is_still_read(tmp_path) -> None:
+    import json
+
+    raw = json.loads(_report().model_dump_json())
+    for name in ("batch", "opinions", "census", "noise", "calibration", "quantised", "identities_apart"):
+        del raw[name]
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(raw))
+    assert load_report(path) == _report()
+    assert "What int8 leaves" not in table.markdown(_report())
+
+
+def test_a_batch_is_named_where_latency_is_of_several_images() -> None:
+    assert "Latency of 4 images" in table.markdown(_report(batch=4))
