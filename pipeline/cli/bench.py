@@ -3,8 +3,10 @@
 __all__ = ["command"]
 
 import json
+import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -78,11 +80,16 @@ def command(
     made = _make(chosen, paths, threads, options)
     if quick:
         runs, restarts = min(runs, _QUICK_RUNS), 1
-    with bars([f"measuring on {name}" for name in made]) as advance:
-        found = collect(
-            made, paths, warmup=warmup, runs=runs, restarts=restarts, quick=quick,
-            on_progress=dict(zip(made, advance, strict=True)),
-        )  # fmt: skip
+    # A nightly job that is told to end must clean its devices as after Ctrl-C.
+    previous = signal.signal(signal.SIGTERM, _as_interrupt)
+    try:
+        with bars([f"measuring on {name}" for name in made]) as advance:
+            found = collect(
+                made, paths, warmup=warmup, runs=runs, restarts=restarts, quick=quick,
+                on_progress=dict(zip(made, advance, strict=True)),
+            )  # fmt: skip
+    finally:
+        signal.signal(signal.SIGTERM, previous)
     ratios = _ratios(found) if baseline is not None else {}
     profiles, troubles = _profiles(paths, threads) if profile else ([], [])
     failed = any(row.failure for rows in found.values() for row in rows) or bool(troubles)
@@ -96,6 +103,10 @@ def command(
         click.echo(f"profile: {trouble}", err=True)
     if failed:
         raise click.exceptions.Exit(FAILED)
+
+
+def _as_interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 def _make(names: Sequence[str], paths: Sequence[Path], threads: int, options: Sequence[str]) -> "dict[str, Target]":

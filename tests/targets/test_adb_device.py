@@ -363,6 +363,24 @@ def test_a_run_that_is_killed_leaves_no_process_and_the_next_sweeps_its_files(la
     assert lab.files(serial) == []
 
 
+def test_a_bench_that_is_told_to_end_cleans_the_device(lab: Lab, make_model: MakeModel) -> None:
+    serial = lab.serials[0]
+    options = [f"{name}={value}" for name, value in FAST.items()]
+    command = [
+        sys.executable, "-c", "from pipeline.cli import main; main()", "bench", str(make_model("tflite")),
+        "--target", f"android:{serial}", "--runs", str(10**8), *(w for o in options for w in ("--option", o)),
+    ]  # fmt: skip
+    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while "worker.py" not in "".join(AdbRemote(serial).shell(["sh", "-c", f"ls {STORAGE}/*"], timeout_s=20).stdout):
+        assert time.monotonic() < deadline and run.poll() is None, "the benchmark did not begin"
+        time.sleep(0.2)
+    run.send_signal(signal.SIGTERM)
+    _, says = run.communicate(timeout=60)
+    assert run.returncode == 130 and "Traceback" not in says
+    assert lab.files(serial) == []
+
+
 @pytest.mark.slow
 def test_a_whole_emulated_arm_device_goes_the_same_way(
     make_model: MakeModel, tmp_path_factory: pytest.TempPathFactory
