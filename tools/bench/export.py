@@ -114,7 +114,8 @@ def main() -> None:
                 rows.append(run(model, job, Path(folder), chosen))
                 print(rows[-1], flush=True)
     result = {
-        "command": "python tools/bench/export.py --out tools/bench/results/export.json",
+        "command": f"python tools/bench/export.py --images {chosen.images} --threads {chosen.threads} "
+        "--out tools/bench/results/export.json",
         "python": platform.python_version(),
         "machine": platform.machine(),
         "cpus": os.cpu_count(),
