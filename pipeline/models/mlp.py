@@ -16,7 +16,7 @@ NAMES = tuple(_DEPTHS)
 def build(
     name: str, *, num_classes: int, in_chans: int = 3, input_px: int = 28, args: Mapping[str, object] | None = None
 ) -> nn.Module:
-    """Builds `mlp_<depth>`: depth − 1 hidden layers with ReLU, and a classifier.
+    """Builds `mlp_<depth>` with random weights (He initialisation): depth − 1 hidden layers with ReLU, a classifier.
 
     Layers are called `fc1`, `act1`, …, and `classifier`.
 
@@ -39,7 +39,10 @@ def build(
     layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
     features = in_chans * input_px**2
     for index in range(1, _DEPTHS[name]):
-        layers[f"fc{index}"] = nn.Linear(features, width)
+        layers[f"fc{index}"] = hidden = nn.Linear(features, width)
+        # PyTorch's own start shrinks what passes a ReLU layer, and ten such layers in a row do not learn.
+        nn.init.kaiming_normal_(hidden.weight, nonlinearity="relu")
+        nn.init.zeros_(hidden.bias)
         layers[f"act{index}"] = nn.ReLU()
         features = width
     layers["classifier"] = nn.Linear(features, num_classes)

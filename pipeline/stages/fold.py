@@ -33,7 +33,9 @@ def run(context: StageContext) -> dict[str, Any]:
         )
     evaluation = workbench.score(context, result.model, teacher=baseline)
     workbench.save_model(context, "folded.pt", result.model, units_folded=linear)
-    folded = [unit for unit in linear if _is_one_layer(unit, result)]
+    merged = {unit for segment in result.segments for unit in segment.units}
+    # A unit that was one layer already, fitted in closed form, shows in no merged segment.
+    folded = [unit for unit in linear if unit in merged or _is_one_layer(unit, result)]
     skips = {name: skip.reason for skip in result.skipped for name in skip.names}
     unfolded = {unit: _reason(unit, skips) for unit in linear if unit not in folded}
     return {

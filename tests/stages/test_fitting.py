@@ -134,6 +134,12 @@ def test_an_alpha_for_each_layer_folds_whole_units_only(run: Run) -> None:
     assert outputs["prefold"].metrics["counts"]["depth"] == 19 - 3
 
 
+def test_a_block_that_keeps_its_last_activation_counts_as_folded(run: Run) -> None:
+    outputs = run({"model.name": "cifar_resnet20", "prefold.units": ["layer1.1", "layer2.0"]}, last="fold")
+    assert outputs["fold"].metrics["units_folded"] == ["layer1.1", "layer2.0"]
+    assert outputs["fold"].metrics["units_skipped"] == {} and outputs["fold"].metrics["max_abs_error"] < 1e-4
+
+
 def test_all_layers_of_a_network_with_blocks_are_candidates(raw: dict[str, Any]) -> None:
     from pipeline.models import zoo
     from pipeline.stages.prefold import candidates
