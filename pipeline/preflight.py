@@ -5,6 +5,9 @@ A wrong unit or a data set of other classes is found here in seconds, not after 
 
 __all__ = ["check"]
 
+from torch import nn
+
+from pipeline.errors import UnitError, nearest
 from pipeline.models import weights, zoo
 from pipeline.recipe import Recipe
 from pipeline.results.collect import paper_row
@@ -33,6 +36,7 @@ def check(recipe: Recipe, *, load_weights: bool) -> None:
         args=section.args,
     )
     candidates(recipe, model)
+    _require_float_units(recipe, model)
     if load_weights:
         weights.load(model, section.name, section.weights, num_classes=section.num_classes)
     workbench.device(recipe)
@@ -41,3 +45,16 @@ def check(recipe: Recipe, *, load_weights: bool) -> None:
         workbench.split(recipe, split)
     workbench.labelled(recipe)
     make_targets(recipe)
+
+
+def _require_float_units(recipe: Recipe, model: nn.Module) -> None:
+    """Finds a misspelt name before training, not when the files are quantised."""
+    known = [name for name, _ in model.named_modules() if name]
+    for name in recipe.quantize.float_units:
+        if name not in known:
+            close = nearest(name, known)
+            raise UnitError(
+                f"quantize.float_units: model '{recipe.model.name}' has no layer or unit '{name}'"
+                + (f"; {close}" if close else ""),
+                hint="`layerfold inspect MODEL --units` lists its units",
+            )

@@ -4,7 +4,6 @@ __all__ = [
     "count",
     "device",
     "example",
-    "file_metadata",
     "labelled",
     "load_model",
     "model_meta",
@@ -20,7 +19,6 @@ from typing import Any
 import torch
 from torch import nn
 
-import pipeline
 from pipeline.data import datasets
 from pipeline.data.preprocessing import Preprocessing
 from pipeline.data.sources import ImageSource
@@ -97,20 +95,6 @@ def model_meta(recipe: Recipe, **extra: Any) -> dict[str, Any]:
         "preprocess": preprocessing(recipe).as_dict(),
         "recipe": recipe.name,
         **extra,
-    }
-
-
-def file_metadata(context: StageContext, which: str, units_folded: list[str]) -> dict[str, Any]:
-    """What is written into an exported file: preprocessing, fold list, origin of the weights, versions."""
-    baseline = context.inputs["baseline"]
-    return {
-        **model_meta(context.recipe),
-        "model": which,
-        "units_folded": units_folded,
-        "layerfold": pipeline.__version__,
-        "seed": context.recipe.seed,
-        "weights": baseline.metrics["weights_origin"],
-        "baseline_hash": baseline.manifest["hash"],
     }
 
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import artifacts, plan, recipe_files
+from pipeline import artifacts, plan, preflight, recipe_files
 from pipeline.artifacts import StageOutput
-from pipeline.errors import DataError, ExportError, RecipeError
+from pipeline.errors import DataError, ExportError, RecipeError, UnitError
 from pipeline.export import inspect, metadata, runtimes
 from pipeline.export.conversion import Checked
 from pipeline.folding import fold, linearise
@@ -219,3 +219,9 @@ def test_an_operator_that_the_target_lacks_fails_the_stage(run: Run, monkeypatch
     monkeypatch.setattr(inspect, "MOBILE_OPERATORS", known)
     with pytest.raises(ExportError, match="operators outside the target's set: DEPTHWISE_CONV_2D"):
         run.stage("export")
+
+
+def test_a_misspelt_float_unit_is_found_before_training() -> None:
+    recipe = recipe_files.load("quickstart", overrides=[*BASE, "quantize.float_units=[blocks.2.1,blocks.2.l]"])
+    with pytest.raises(UnitError, match=r"has no layer or unit 'blocks\.2\.l'; did you mean 'blocks\.2\.\d'"):
+        preflight.check(recipe, load_weights=False)
