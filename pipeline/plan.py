@@ -29,7 +29,9 @@ class _StageSpec:
 
 
 _SPECS = (
-    _StageSpec("baseline", ("seed", "model", "preprocess", "data", "baseline"), (), ("data", "weights")),
+    _StageSpec(
+        "baseline", ("seed", "model", "preprocess", "data", "baseline"), (), ("data", "weights"), code_version=2
+    ),
     _StageSpec("prefold", ("prefold",), ("baseline",)),
     _StageSpec("fold", ("fold",), ("baseline", "prefold"), code_version=2),
     _StageSpec("postfold", ("postfold",), ("baseline", "fold")),
