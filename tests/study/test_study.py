@@ -62,7 +62,7 @@ def study_file(image_folder: Path, tmp_path: Path) -> Path:
             "prefold": {
                 "per": "layer",
                 "alpha_init": 0.2,
-                "alpha_lr": 0.3,
+                "alpha_lr": 0.01,
                 "train": {"epochs": 6, "lr": 0.01, "batch_size": 8},
             },
         },
