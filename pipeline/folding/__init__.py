@@ -7,6 +7,7 @@ from pipeline.folding.fold import FoldResult, Segment, Skipped, fold
 from pipeline.folding.selection import Selection, select_units
 from pipeline.folding.sensitivity import Sensitivity, scan
 from pipeline.folding.units import Unit, find_activations, find_units, linearise
+from pipeline.folding.windows import WindowFit, WindowOptions
 
 __all__ = [
     "ClosedFormResult",
@@ -19,6 +20,8 @@ __all__ = [
     "Skipped",
     "Unit",
     "UnitFit",
+    "WindowFit",
+    "WindowOptions",
     "closed_form_fold",
     "closeness",
     "count",

@@ -7,8 +7,9 @@ unit. Nothing is differentiated.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, fx, nn
@@ -24,6 +25,7 @@ from pipeline.folding.refit import Refit, refit_between
 from pipeline.folding.trace import shape_of
 from pipeline.folding.units import linearise
 from pipeline.folding.walk import Images, Walk, as_batches, run
+from pipeline.folding.windows import WindowFit, WindowOptions, tune, windows_of
 
 __all__ = ["ClosedFormResult", "FitOptions", "UnitFit", "closed_form_fold", "fit_unit", "unit_places"]
 
@@ -69,12 +71,14 @@ class ClosedFormResult:
     Args:
         model: The folded model: norms fused, each named unit one convolution. As `FoldResult.model`.
         units: How each unit was fitted, in network order.
-        refitted: Names of other layers that were changed.
+        refitted: Names of other layers that were refitted.
+        windows: What fine-tuning around the units did, where it was asked for.
     """
 
     model: fx.GraphModule
     units: tuple[UnitFit, ...]
     refitted: tuple[str, ...]
+    windows: tuple[WindowFit, ...] = ()
 
 
 def closed_form_fold(
@@ -88,11 +92,13 @@ def closed_form_fold(
     tolerance: float = 0.05,
     refit: Refit = "none",
     refit_ridge: float = 1e-2,
+    windows: WindowOptions | None = None,
     held_out: int = 5,
     samples: int = 60,
     batch_size: int = 32,
     cache_mb: int = 1024,
     seed: int = 0,
+    on_step: Callable[[str, int, int], None] | None = None,
 ) -> ClosedFormResult:
     """Folds units by least squares on unlabelled images.
 
@@ -109,11 +115,14 @@ def closed_form_fold(
         refit: Whether the layers behind the first folded unit are refitted: "none", "bias" (channel means),
             "pointwise" (regression of dense convolutions, means of the others) or "all".
         refit_ridge: Pull of a refitted layer to its old weights.
+        windows: Fine-tunes each unit with the block behind it against the teacher's values there, before the next
+            unit is fitted; the only part that needs gradients. Off where None.
         held_out: Every so many-th batch is kept for the residuals and the choice of kernel.
         samples: Pixels to use for each unknown of a system, at most; more cost time and change little.
         batch_size: Batches that a tensor of images is cut into.
         cache_mb: Memory for values between passes. A set that needs more is run from the start in every pass.
         seed: Chooses the pixels.
+        on_step: Called during the windows' fine-tuning with (units, steps done, steps in all).
 
     Returns:
         The folded model and how each unit was fitted.
@@ -135,7 +144,13 @@ def closed_form_fold(
     options = FitOptions(ridge, tuple(kernels), max_macs_ratio, tolerance, held_out, samples, seed)
     fits: list[UnitFit] = []
     refitted: list[str] = []
+    tuned: list[WindowFit] = []
+    spans = windows_of(walk, {i: segment.units for i, segment in places.items()}, windows.reach) if windows else []
+    begins: dict[int, Callable[[], None]] = {}
     for index in range(1, len(walk.pairs)):
+        if any(start == index - 1 for start, _, _ in spans):
+            walk.advance(index - 1)
+            begins[index - 1] = walk.mark()
         if index in places:
             walk.advance(index - 1)
             fitted, fit = fit_unit(walk, index, places[index], options)
@@ -145,7 +160,12 @@ def closed_form_fold(
         elif refit != "none" and fits and walk.has_convolution(index - 1, index):
             walk.advance(index - 1)
             refitted += refit_between(walk, index, refit, ridge=refit_ridge, samples=samples, seed=seed)
-    return ClosedFormResult(student, tuple(fits), tuple(refitted))
+        for start, stop, inside in spans:
+            if windows is not None and stop == index:
+                begins[start]()
+                told = None if on_step is None else partial(on_step, " + ".join(inside))
+                tuned.append(tune(walk, stop, inside, windows, held_out=held_out, on_step=told))
+    return ClosedFormResult(student, tuple(fits), tuple(refitted), tuple(tuned))
 
 
 def unit_places(walk: Walk, folded: FoldResult, names: Collection[str]) -> dict[int, Segment]:

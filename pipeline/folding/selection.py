@@ -60,6 +60,7 @@ def select_units(
     savings: Mapping[str, float] | None = None,
     units: Collection[str] | None = None,
     patience: int = 3,
+    on_unit: Callable[[int, int], None] | None = None,
     on_trial: Callable[[Trial], None] | None = None,
     **fold_options: Any,
 ) -> Selection:
@@ -77,6 +78,7 @@ def select_units(
             save nothing, are left out. MACs where None.
         units: Names to choose from; every foldable unit where None.
         patience: Stop after so many units in a row were not kept.
+        on_unit: Called during the scan with (units done, units in all).
         on_trial: Called after each trial.
         **fold_options: Of `closed_form_fold`; `refit` and the like.
 
@@ -86,7 +88,7 @@ def select_units(
     """
     if not 0 < keep_agreement <= 1:
         raise FoldError(f"keep_agreement is {keep_agreement}, expected a share above 0 and at most 1")
-    rows = scan(model, images, selection, units=units)
+    rows = scan(model, images, selection, units=units, on_unit=on_unit)
     saved = {row.unit: float(row.macs_before - row.macs_after) for row in rows} if savings is None else savings
     useful = [row for row in rows if saved.get(row.unit, 0.0) > 0]
     if not useful:

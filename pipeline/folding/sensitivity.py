@@ -6,7 +6,7 @@ are run again.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -61,6 +61,7 @@ def scan(
     options: FitOptions | None = None,
     batch_size: int = 32,
     cache_mb: int = 1024,
+    on_unit: Callable[[int, int], None] | None = None,
 ) -> list[Sensitivity]:
     """Folds every unit alone, twice: by taking its activations away, and by least squares.
 
@@ -73,6 +74,7 @@ def scan(
         options: Of the fits.
         batch_size: Batches that a tensor of images is cut into.
         cache_mb: Memory for values between passes, for each of the two sets of images.
+        on_unit: Called with (units done, units in all).
 
     Returns:
         A row for each unit, in network order.
@@ -116,6 +118,8 @@ def scan(
                 fit.macs_after,
             )
         )
+        if on_unit is not None:
+            on_unit(len(rows), len(names))
     return rows
 
 

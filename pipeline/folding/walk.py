@@ -143,12 +143,27 @@ class Walk:
         self.at = 0
         self.alike = True  # until something is fitted, the student is the teacher
         self.images = 0  # how many, known after the first advance
+        self.batch_count = 0  # the same
         self._images = images
         self._kept: list[tuple[Tensor, Tensor]] | None = None
         for module in (*teacher.modules(), *student.modules()):
             # A value that is wanted later must not be overwritten by the activation after it.
             if isinstance(getattr(module, "inplace", None), bool):
                 module.inplace = False  # type: ignore[assignment]
+
+    @property
+    def keeps_values(self) -> bool:
+        """Whether the values at the present cut are in memory."""
+        return self._kept is not None
+
+    def mark(self) -> Callable[[], None]:
+        """A function that goes back to the present cut, whose values no later change to the student concerns."""
+        at, kept = self.at, self._kept
+
+        def go_back() -> None:
+            self.at, self._kept = at, kept
+
+        return go_back
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Values (teacher's, student's) at the present cut, batch by batch."""
@@ -176,9 +191,10 @@ class Walk:
         """Goes to a later cut, keeping the values there if they fit."""
         start, stop = self.pairs[self.at], self.pairs[to]
         kept: list[tuple[Tensor, Tensor]] | None = []
-        size = self.images = 0
+        size = self.images = self.batch_count = 0
         for of_teacher, of_student in self.batches():
             self.images += of_teacher.shape[0]
+            self.batch_count += 1
             if kept is not None:
                 values = self._both(of_teacher, of_student, start, stop)
                 size += sum(value.nbytes for value in values[: 1 if self.alike else 2])
