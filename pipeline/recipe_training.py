@@ -130,6 +130,11 @@ class PrefoldSection(Section):
     """Method or init `closed_form`: how many training images the least squares see; all of them unless given."""
     refit: Literal["none", "bias", "pointwise", "all"] = "none"
     """Method `closed_form`: which layers behind the first folded unit are fitted anew to the baseline's outputs."""
+    fit_crops: Count = 1
+    """Method or init `closed_form`: random crops of each image."""
+    window_steps: Annotated[int, Field(ge=0)] = 0
+    """Method `closed_form`: steps of fine-tuning of each unit with the block behind it, on the baseline's values there;
+    300 is a good start, 0 is off."""
     distill: DistillSection | None = None
     train: TrainSection | None = None
 

@@ -95,7 +95,8 @@ def fold(
     traced = trace(model, example_input)
     layers = read_layers(traced)
     if norms == "keep":
-        layers = {node: layer for node, layer in layers.items() if not _kept_norm(layer, traced, units or ())}
+        kept = _kept_norms(layers, traced, units or ())
+        layers = {node: layer for node, layer in layers.items() if node not in kept}
     rules = Rules(policy, border, layers, units, latency)
     cuts = [(region, partition(region, rules)) for region in find_regions(traced.graph, layers)]
     skipped = [skip for region, cut in cuts if (skip := _split_region(region, cut, layers)) is not None]
@@ -141,9 +142,21 @@ def _split_units(
     return found
 
 
-def _kept_norm(layer: Layer, traced: fx.GraphModule, units: Collection[str]) -> bool:
-    node = layer.node
-    if node.op != "call_module":
-        return False
-    is_norm = isinstance(traced.get_submodule(str(node.target)), nn.modules.batchnorm._BatchNorm)
-    return is_norm and not any(str(node.target).startswith(f"{unit}.") for unit in units)
+def _kept_norms(layers: Mapping[fx.Node, Layer], traced: fx.GraphModule, units: Collection[str]) -> set[fx.Node]:
+    """Norms outside the named units; one between a named activation and the convolutions beside it is inside."""
+    norms = {node for node in layers if node.op == "call_module" and _is_norm(node, traced)}
+    norms = {node for node in norms if not any(str(node.target).startswith(f"{unit}.") for unit in units)}
+    inside: set[fx.Node] = set()
+    for node in layers:
+        if module_path(node) not in units:
+            continue
+        for towards in (lambda one: one.all_input_nodes, lambda one: list(one.users)):
+            here: list[fx.Node] = towards(node)
+            while len(here) == 1 and here[0] in layers and not layers[here[0]].is_window:
+                inside.add(here[0])
+                here = towards(here[0])
+    return norms - inside
+
+
+def _is_norm(node: fx.Node, traced: fx.GraphModule) -> bool:
+    return isinstance(traced.get_submodule(str(node.target)), nn.modules.batchnorm._BatchNorm)

@@ -12,23 +12,46 @@ from pipeline.errors import UnitError
 from pipeline.folding.closed_form import ClosedFormResult, closed_form_fold
 from pipeline.folding.refit import Refit
 from pipeline.folding.units import Unit
+from pipeline.folding.windows import WindowOptions
 from pipeline.stages import StageContext, workbench
 
 _BATCH = 16
 
 
-def fit(context: StageContext, baseline: nn.Module, names: Sequence[str], *, refit: Refit = "none") -> ClosedFormResult:
-    """Fits one convolution to each unit on the training images, without labels or gradients."""
+def fit(
+    context: StageContext,
+    baseline: nn.Module,
+    names: Sequence[str],
+    *,
+    refit: Refit = "none",
+    window_steps: int = 0,
+) -> ClosedFormResult:
+    """Fits one convolution to each unit on the training images, without labels.
+
+    Gradients come in with `window_steps` only, for the unit and the block behind it.
+    """
     recipe, section = context.recipe, context.recipe.prefold
     source = workbench.split(recipe, "train", limit=section.fit_images)
     context.report.progress(0, 1, f"least squares of {', '.join(names)} on {len(source)} images")
 
     def images() -> Iterator[torch.Tensor]:
-        for batch, _ in source.batches(_BATCH, train=True, seed=recipe.seed):
-            yield batch
+        for crop in range(section.fit_crops):
+            for batch, _ in source.batches(_BATCH, train=True, seed=recipe.seed, epoch=crop):
+                yield batch
+
+    def tell(units: str, done: int, total: int) -> None:
+        context.report.progress(done, total, f"fine-tuning {units} with the layers behind")
 
     return closed_form_fold(
-        baseline, names, images, ridge=section.ridge, refit=refit, batch_size=_BATCH, seed=recipe.seed
+        baseline,
+        names,
+        images,
+        ridge=section.ridge,
+        refit=refit,
+        windows=WindowOptions(steps=window_steps, seed=recipe.seed) if window_steps else None,
+        batch_size=_BATCH,
+        seed=recipe.seed,
+        on_step=tell,
     )
 
 

@@ -2,6 +2,7 @@
 
 __all__ = ["candidates", "run", "thinned", "unit_macs"]
 
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -105,14 +106,18 @@ def _whole_units(model: nn.Module, gone: list[str]) -> list[str]:
 def _closed_form(
     context: StageContext, baseline: nn.Module, names: list[str]
 ) -> tuple[nn.Module, dict[str, float], dict[str, Any]]:
-    """Fits one convolution to each unit on the training images, without labels or gradients: they fold right here.
+    """Fits one convolution to each unit on the training images, without labels: they fold right here.
 
     Where the recipe trains, the fitted network then learns on, from labels or from the baseline.
     """
     section = context.recipe.prefold
-    result = closed_form.fit(context, baseline, names, refit=section.refit)
+    result = closed_form.fit(context, baseline, names, refit=section.refit, window_steps=section.window_steps)
     model: nn.Module = result.model
-    details: dict[str, Any] = {"fits": closed_form.as_rows(result), "refitted": list(result.refitted)}
+    details: dict[str, Any] = {
+        "fits": closed_form.as_rows(result),
+        "refitted": list(result.refitted),
+        "windows": [asdict(window) for window in result.windows],
+    }
     if section.train is not None:
         fitted = fitting.fine_tune(
             context, model, section.train, distill=section.distill, teacher=baseline, units=names

@@ -11,9 +11,11 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from pipeline import alpha
 from pipeline.errors import TraceError, UnitError
 from pipeline.folding import fold, linearise
 from pipeline.folding.spec import ConvSpec
+from pipeline.models import zoo
 
 
 def with_statistics(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -320,3 +322,20 @@ def test_a_folded_model_loads_in_a_fresh_process_and_exports(tmp_path: Path) -> 
     torch.testing.assert_close(exported.module()(x), folded(x))
     assert isinstance(folded.get_submodule("blocks.1.1"), nn.Conv2d)
     assert isinstance(folded.get_submodule("blocks.2.0"), nn.Conv2d)
+
+
+def test_kept_norms_between_a_named_activation_and_its_convolutions_fold_with_them() -> None:
+    """A unit that is one activation has its norm beside it, not below its name."""
+    torch.manual_seed(0)
+    model = zoo.create("cifar_vgg16", num_classes=10, input_px=32, args={"width": 0.125}).double().eval()
+    units = ["stages.0.act0", "stages.2.act0", "stages.2.act1"]
+    settled = alpha.settle(alpha.set_values(alpha.attach(model, units=units), 1.0))
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    result = fold(settled, x[:1], units=units, norms="keep")
+    assert (result.model(x) - settled(x)).abs().max() < 1e-10
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    kept = [m for m in result.model.modules() if isinstance(m, nn.BatchNorm2d)]
+    convs = [m for m in result.model.modules() if isinstance(m, nn.Conv2d)]
+    # Two stages of which one lost one convolution and the other two; each merged convolution takes all its norms along.
+    assert len(convs) == 13 - 3
+    assert len(norms) == 13 and 13 - 5 <= len(kept) <= 13 - 3

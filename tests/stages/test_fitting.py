@@ -117,6 +117,15 @@ def test_alpha_can_start_from_the_closed_form(run: Run, method: str) -> None:
     assert counts["depth"] == outputs["baseline"].metrics["counts"]["depth"] - 4
 
 
+def test_a_closed_form_may_use_crops_and_windows(run: Run) -> None:
+    changes = {"prefold.method": "closed_form", "prefold.train": None, "prefold.fit_crops": 2}
+    plain = run(changes, last="prefold")["prefold"].metrics["details"]
+    tuned = run(changes | {"prefold.window_steps": 4}, last="prefold")["prefold"].metrics["details"]
+    assert plain["windows"] == []
+    assert sorted(unit for window in tuned["windows"] for unit in window["units"]) == BLOCKS
+    assert all(window["after"] <= window["before"] and len(window["layers"]) > 1 for window in tuned["windows"])
+
+
 def test_a_closed_form_may_train_on(run: Run) -> None:
     outputs = run({"prefold.method": "closed_form", "prefold.distill": {"weight": 1.0}}, last="fold")
     assert outputs["prefold"].metrics["details"]["history"]
