@@ -13,7 +13,7 @@ X = torch.randn(1, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().m
 ODD = torch.randn(1, 3, 75, 69, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 INVERTED = [
-    *("mobilenetv2_050", "mobilenetv2_100", "mobilenetv2_110d", "mobilenetv2_120d", "mobilenetv2_140"),
+    *(f"mobilenetv2_{size}" for size in ("035", "050", "075", "100", "110d", "120d", "140")),
     *(f"tf_efficientnet_lite{index}" for index in range(5)),
     *("efficientnet_lite0", "mnasnet_100", "mnasnet_140", "mnasnet_small", "fbnetc_100"),
     *("mobilenetv1_100", "mobilenetv1_125"),
