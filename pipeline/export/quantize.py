@@ -217,11 +217,13 @@ def _write_cache(path: Path, spans: dict[str, Range]) -> None:
 
 def _float_nodes(float_layers: Iterable[str], model: Any) -> list[str]:
     nodes = []
+    weights = {tensor.name for tensor in model.graph.initializer}
     for name in float_layers:
+        # By its weights or its output: the layer behind reads a tensor named after this one, but is not inside.
         inside = [
             node.name
             for node in model.graph.node
-            if any(weight == f"{name}.weight" or weight.startswith(f"{name}.") for weight in node.input)
+            if any(tensor.startswith(f"{name}.") for tensor in (*weights.intersection(node.input), *node.output))
         ]
         if not inside:
             raise ExportError(

@@ -107,7 +107,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     counts = {"params": 1, "macs": 1, "depth": 1}
     run.write("baseline", {"weights_origin": ORIGIN, "weights": "test", "data": "mnist", "counts": counts},
               ("models/baseline.pt", model))  # fmt: skip
-    run.write("prefold", {"alphas": {UNIT: 1.0}})
+    run.write("prefold", {"alphas": {UNIT: 1.0}, "details": {}})
     run.write("fold", {"units_folded": [UNIT], "units_skipped": {}, "max_abs_error": 0.0, "changed_predictions": 0})
     run.write("postfold", {"units_folded": [UNIT], "counts": counts}, ("models/folded.pt", folded))
     run.write("bench", {"latency": []})
