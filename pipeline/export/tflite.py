@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pipeline.errors import ExportError
 from pipeline.export import metadata
 from pipeline.export.extras import require
+from pipeline.export.flattening import flatten_channels_last
 from pipeline.export.input_format import ENTRY, PixelInput, with_pixel_input
 from pipeline.export.lowering import lower
 from pipeline.export.naming import name_tensors
@@ -61,7 +62,7 @@ def export_fp32(model: nn.Module, example: Tensor, path: Path | str, *, pixels: 
     """Converts a model to a float32 `.tflite` file with NHWC input.
 
     The input is declared channels-last, so that the converter cancels every layout transpose instead of leaving one
-    at each convolution.
+    at each convolution; fully connected layers over a feature map read it in that order.
 
     Args:
         model: Any network that `pipeline.export.lowering.lower` accepts, or one that it returned.
@@ -75,8 +76,9 @@ def export_fp32(model: nn.Module, example: Tensor, path: Path | str, *, pixels: 
     """
     target = Path(path)
     started = time.perf_counter()
-    lowered = lower(model, example)
-    network, image = lowered, example.detach().cpu().float()
+    image = example.detach().cpu().float()
+    lowered, _ = flatten_channels_last(lower(model, example), image)
+    network = lowered
     if pixels is not None:
         network, image = with_pixel_input(lowered, pixels), image.to(torch.uint8)
     doing = f"convert the model to TFLite ({target.name})"
