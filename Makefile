@@ -25,7 +25,7 @@ quickstart: install
 	.venv/bin/layerfold run quickstart
 
 test: install
-	$(PY) -m pytest -m "not slow"
+	$(PY) -m pytest -m "not slow" --durations=25
 
 test-slow: install
 	$(PY) -m pytest -m slow
