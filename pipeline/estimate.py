@@ -12,7 +12,7 @@ from pipeline.recipe import Recipe, TrainSection
 from pipeline.stages import workbench
 
 # Seconds that conversion and quantisation of one model took on two cores, little dependent on the model's size.
-_CONVERT_S = {"tflite": 20.0, "onnx": 11.0}
+_CONVERT_S = {"tflite": 20.0, "onnx": 11.0, "executorch": 20.0}
 _QUANTISE_S = 5.0
 _SECONDS_PER_TIMING = 1.5
 _PROBE_IMAGES = 16

@@ -8,6 +8,7 @@ __all__ = ["check"]
 from torch import nn
 
 from pipeline.errors import UnitError, nearest
+from pipeline.export.conversion import require_formats
 from pipeline.models import weights, zoo
 from pipeline.recipe import Recipe
 from pipeline.results.collect import paper_row
@@ -17,7 +18,7 @@ from pipeline.stages.prefold import candidates
 
 
 def check(recipe: Recipe, *, load_weights: bool) -> None:
-    """Builds the model, names the units, opens the splits and looks up the targets of a recipe.
+    """Looks for the formats' libraries, builds the model, names the units, opens the splits and looks up the targets.
 
     Args:
         recipe: The checked recipe.
@@ -27,6 +28,7 @@ def check(recipe: Recipe, *, load_weights: bool) -> None:
         LayerfoldError: The first thing that cannot work, with its fix.
         TargetError: A target of `bench.targets` is unknown, or does not take its options.
     """
+    require_formats(recipe.export.formats, recipe.export.precisions)
     section = recipe.model
     model = zoo.create(
         section.name,

@@ -88,7 +88,8 @@ class FoldSection(Section):
 class ExportSection(Section):
     """File formats to write, what their input is, and what the census of a file may hold."""
 
-    formats: tuple[Literal["tflite", "onnx"], ...] = ("tflite", "onnx")
+    formats: tuple[Literal["tflite", "onnx", "executorch"], ...] = ("tflite", "onnx")
+    """`executorch` writes `.pte` files for the XNNPACK delegate (extra `executorch`)."""
     precisions: tuple[Literal["fp16", "dynamic"], ...] = ()
     """Files beside the float32 ones that need no calibration; static int8 is section `quantize`."""
     input: Literal["float", "uint8"] = "float"
@@ -101,6 +102,15 @@ class ExportSection(Section):
     """What transposes, float islands and operators outside the target's set do to the stage."""
     allow_operators: tuple[str, ...] = ()
     """Operator types, as `layerfold inspect` prints them, that the target runs beside the usual ones."""
+
+    @model_validator(mode="after")
+    def _precisions_are_of_formats(self) -> Self:
+        if "executorch" in self.formats and self.precisions:
+            raise ValueError(
+                f"export.precisions asks for {', '.join(self.precisions)}, in which ExecuTorch files are not written: "
+                "leave them out, or leave 'executorch' out of export.formats"
+            )
+        return self
 
 
 class QatSection(Section):

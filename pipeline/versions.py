@@ -18,6 +18,7 @@ _STACK = (
     "onnxruntime",
     "onnxsim",
     "onnxslim",
+    "executorch",
 )
 
 

@@ -1,4 +1,4 @@
-"""`layerfold export`: a model file to TFLite and ONNX, in the precisions asked for."""
+"""`layerfold export`: a model file to TFLite, ONNX and ExecuTorch, in the precisions asked for."""
 
 __all__ = ["command"]
 
@@ -20,14 +20,15 @@ Examples:
   layerfold export folded.pt --to onnx --precision fp32,fp16 --out exported
   layerfold export folded.pt --precision int8 --input uint8 --calibration photos/train-folder
   layerfold export folded.pt --precision int8 --calibration fashion_mnist --bias-correction
+  layerfold export folded.pt --to executorch --precision fp32,int8 --calibration photos/train-folder
 """
-_FORMATS = ("tflite", "onnx")
+_FORMATS = ("tflite", "onnx", "executorch")
 _PRECISIONS = ("fp32", "fp16", "dynamic", "int8")
 
 
 @click.command(epilog=_EPILOG)
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("--to", "formats", default="tflite,onnx", show_default=True, help="Formats, separated by commas.")
+@click.option("--to", "formats", default="tflite,onnx", show_default=True, help=f"Some of {','.join(_FORMATS)}.")
 @click.option("--precision", "precisions", default="fp32", show_default=True, help=f"Some of {','.join(_PRECISIONS)}.")
 @click.option(
     "--out", type=click.Path(path_type=Path, file_okay=False), default=None, help="Folder.  [default: beside MODEL]"
@@ -50,16 +51,18 @@ _PRECISIONS = ("fp32", "fp16", "dynamic", "int8")
               help="What transposes, float islands and foreign operators do.")  # fmt: skip
 @click.option("--allow-operators", default="", help="Operators that your target runs beside the usual, by commas.")
 def command(model: Path, formats: str, precisions: str, out: Path | None, **options: Any) -> None:
-    """Convert MODEL (a .pt file that layerfold wrote) to TFLite and ONNX files.
+    """Convert MODEL (a .pt file that layerfold wrote) to TFLite, ONNX and ExecuTorch files.
 
     int8 needs images to calibrate on: a folder of training images, or the name of a data set, whose training part is
     drawn from. A damaged image is left out and named; the images of an evaluation set are refused.
     """
+    from pipeline.export.conversion import require_formats
     from pipeline.export.int8 import Int8Options
     from pipeline.models import store
 
     wanted_formats = _names(formats, _FORMATS, "--to")
     wanted = _names(precisions, _PRECISIONS, "--precision")
+    require_formats(wanted_formats, wanted)
     _require_calibration(wanted, options["calibration"])
     stored = store.load(model)
     int8 = Int8Options(
@@ -91,8 +94,8 @@ def _write(
 
     import pipeline
     from pipeline.export import metadata
-    from pipeline.export.conversion import EXPORTERS, SHRINKERS, check, file_name, without_needless_pads
-    from pipeline.export.int8 import operate, quantise
+    from pipeline.export.conversion import EXPORTERS, SHRINKERS, check, file_name, to_int8, without_needless_pads
+    from pipeline.export.int8 import operate
     from pipeline.export.lowering import lower
 
     meta = dict(stored.meta)
@@ -119,11 +122,11 @@ def _write(
                     info = SHRINKERS[form, precision](float_file, path)
                 elif precision == "int8":
                     assert taken is not None and ready is not None
-                    operated = float_file
-                    if ready.network is not network:
-                        operated = work / f"operated.{form}"
-                        EXPORTERS[form](ready.network, example, operated, pixels=pixels)
-                    info = quantise(operated, path, taken.batches, int8, name=float_file.name)
+                    scratch = work / f"operated.{form}"
+                    info, _ = to_int8(
+                        form, network, ready, float_file, path, taken.batches, int8,
+                        example=example, pixels=pixels, scratch=scratch,
+                    )  # fmt: skip
                     extra = {"quantised": int8.as_dict(), "calibration": taken.as_dict()}
                 metadata.write(path, content | extra | {"precision": precision, "converter": info.converter})
                 float_units = int8.float_units if precision == "int8" else ()

@@ -22,10 +22,10 @@ Examples:
 @click.command(epilog=_EPILOG)
 @click.argument("what")
 @click.option("--units", is_flag=True, help="List the fold units of a .pt file or of a model by name.")
-@click.option("--weights", is_flag=True, help="List the weight range of every layer of a .tflite or .onnx file.")
-@click.option("--json", "as_json", is_flag=True, help="Print the whole census of a .tflite or .onnx file as JSON.")
+@click.option("--weights", is_flag=True, help="List the weight range of every layer of an exported file.")
+@click.option("--json", "as_json", is_flag=True, help="Print the whole census of an exported file as JSON.")
 def command(what: str, units: bool, weights: bool, as_json: bool) -> None:
-    """Show what is inside WHAT: a .tflite, .onnx or .pt file, or a run folder; with --units also a model's name.
+    """Show what is inside WHAT: a .tflite, .onnx, .pte or .pt file, or a run folder; with --units also a model's name.
 
     Of an exported file: its input and output, operators by type, activations fused into them, tensors that stayed
     float inside an int8 file, what keeps it from running well on a phone, and what it says about itself.
@@ -35,7 +35,7 @@ def command(what: str, units: bool, weights: bool, as_json: bool) -> None:
         _units(what, path)
     elif path.is_dir():
         _run_folder(path)
-    elif path.suffix in (".tflite", ".onnx"):
+    elif path.suffix in (".tflite", ".onnx", ".pte"):
         _model_file(path, weights=weights, as_json=as_json)
     else:
         _torch_file(path)

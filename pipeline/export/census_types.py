@@ -49,10 +49,10 @@ class Census:
 
     Attributes:
         file: The file's name.
-        format: ``"tflite"`` or ``"onnx"``.
+        format: ``"tflite"``, ``"onnx"`` or ``"executorch"``.
         bytes: Its size.
         ops: Count by operator type.
-        fused_activations: Count by activation, for those inside another operator (TFLite only: ONNX has none).
+        fused_activations: Count by activation, for those inside another operator (ONNX has none).
         inputs, outputs: The graph's ends.
         quantized: Whether the file holds quantised tensors.
         float_tensors: Tensors computed in float inside a statically quantised file, its ends excepted.

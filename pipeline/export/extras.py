@@ -1,8 +1,9 @@
 """Optional libraries, asked for by the name of the extra that installs them."""
 
-__all__ = ["require"]
+__all__ = ["require", "require_installed"]
 
 import importlib
+import importlib.util
 import warnings
 from types import ModuleType
 
@@ -29,3 +30,13 @@ def require(module: str, *, extra: str) -> ModuleType:
         raise ExportError(
             f"'{package}' cannot be imported ({error})", hint=f"pip install 'layerfold[{extra}]'"
         ) from error
+
+
+def require_installed(package: str, *, extra: str) -> None:
+    """Looks for an optional library without importing it, which may take seconds.
+
+    Raises:
+        ExportError: It is not installed; the hint is the command that installs it.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise ExportError(f"'{package}' is not installed", hint=f"pip install 'layerfold[{extra}]'")

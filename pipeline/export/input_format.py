@@ -18,6 +18,8 @@ from pipeline.errors import ExportError
 from pipeline.export import metadata
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     from torch import Tensor, fx, nn
 
 ENTRY = "layerfold_input"
@@ -44,6 +46,18 @@ class PixelInput:
                 hint="give one mean and one positive std a channel",
             )
         return cls(tuple(map(float, mean)), tuple(map(float, std)))
+
+    def from_normalised(
+        self, images: "npt.NDArray[np.float32]", *, channels_last: bool = False
+    ) -> "npt.NDArray[np.uint8]":
+        """The pixels that normalised images [N, C, H, W] (or [N, H, W, C]) came from."""
+        import numpy as np
+
+        shape = (1, 1, 1, -1) if channels_last else (1, -1, 1, 1)
+        mean = np.asarray(self.mean, dtype=np.float32).reshape(shape)
+        std = np.asarray(self.std, dtype=np.float32).reshape(shape)
+        levels: npt.NDArray[np.float32] = np.rint((images * std + mean) * np.float32(_WHITE))
+        return levels.clip(0, 255).astype(np.uint8)
 
     def as_dict(self) -> dict[str, Any]:
         """What is written into the file."""

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from pipeline.errors import ExportError
+from pipeline.export.census_executorch import read_executorch
 from pipeline.export.census_onnx import read_onnx
 from pipeline.export.census_tflite import read_tflite
 from pipeline.export.census_types import Census, Port, WeightRange
@@ -23,12 +24,20 @@ MOBILE_OPERATORS: Mapping[str, frozenset[str]] = {
         | {"HardSigmoid", "HardSwish", "MatMul", "MaxPool", "Mul", "Pad", "QuantizeLinear", "ReduceMean", "Relu"}
         | {"Reshape", "Sigmoid", "Softmax", "Sub", "ConvInteger", "DynamicQuantizeLinear", "MatMulInteger"}
     ),
+    # XNNPACK's names: whatever its delegate does not take is left to ExecuTorch's slow portable kernels.
+    "executorch": frozenset(
+        {"Add", "AvgPooling2d", "Clamp", "Conv2d", "Convert", "DepthwiseConv2d", "FullyConnected"}
+        | {"GlobalAvgPooling2d", "Hardswish", "MaxPooling2d", "Multiply", "Sigmoid", "Softmax", "StaticConstantPad"}
+        | {"StaticReshape", "StaticTranspose of the input", "StaticTranspose of one pixel", "Subtract"}
+        # The cast of uint8 pixels, which XNNPACK does not have.
+        | {"dim_order_ops::_to_dim_order_copy.out"}
+    ),
 }
-_TRANSPOSES = frozenset({"TRANSPOSE", "Transpose"})
+_TRANSPOSES = frozenset({"TRANSPOSE", "Transpose", "StaticTranspose"})
 
 
 def census(path: Path | str) -> Census:
-    """Counts what a `.tflite` or `.onnx` file holds.
+    """Counts what a `.tflite`, `.onnx` or `.pte` file holds.
 
     Raises:
         ExportError: The file is missing, damaged or of another format.
@@ -38,7 +47,9 @@ def census(path: Path | str) -> Census:
         return read_tflite(file)
     if file.suffix == ".onnx":
         return read_onnx(file)
-    raise ExportError(f"cannot inspect '{file.suffix}' ({file.name})", hint="expected .tflite or .onnx")
+    if file.suffix == ".pte":
+        return read_executorch(file)
+    raise ExportError(f"cannot inspect '{file.suffix}' ({file.name})", hint="expected .tflite, .onnx or .pte")
 
 
 def gate(

@@ -1,7 +1,7 @@
 """What a file says about itself: labels, preprocessing, recipe, fold list, licence, inside the file.
 
 A `.tflite` file carries it as the named metadata entry ``layerfold`` (UTF-8 JSON), an `.onnx` file as the
-`metadata_props` entry of the same name. Runtimes ignore both.
+`metadata_props` entry of the same name, a `.pte` file as a method of that name that returns it. Runtimes ignore all.
 """
 
 __all__ = ["ENTRY", "read", "read_entry", "write", "write_entry"]
@@ -15,6 +15,7 @@ from pipeline.errors import ExportError
 from pipeline.export import flatbuffer
 from pipeline.export.extras import require
 from pipeline.export.onnx_files import load_onnx
+from pipeline.export.pte_files import read_text, write_text
 from pipeline.export.quiet import quietly
 from pipeline.export.writing import replacing
 
@@ -22,7 +23,7 @@ ENTRY = "layerfold"
 
 
 def write(path: Path | str, content: Mapping[str, Any]) -> None:
-    """Writes `content` into a `.tflite` or `.onnx` file in place of what an earlier call wrote.
+    """Writes `content` into a `.tflite`, `.onnx` or `.pte` file in place of what an earlier call wrote.
 
     Args:
         path: The file; it is replaced whole.
@@ -35,7 +36,7 @@ def write(path: Path | str, content: Mapping[str, Any]) -> None:
 
 
 def read(path: Path | str) -> dict[str, Any]:
-    """The metadata of a `.tflite` or `.onnx` file; empty where it has none.
+    """The metadata of a `.tflite`, `.onnx` or `.pte` file; empty where it has none.
 
     Raises:
         ExportError: The file is missing, damaged or of another format.
@@ -50,13 +51,13 @@ def write_entry(path: Path | str, entry: str, content: Mapping[str, Any]) -> Non
         text = json.dumps(dict(content), sort_keys=True, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ExportError(f"the metadata of {file.name} is not JSON: {error}") from error
-    _choose(file, _write_tflite, _write_onnx)(file, entry, text)
+    _choose(file, _write_tflite, _write_onnx, write_text)(file, entry, text)
 
 
 def read_entry(path: Path | str, entry: str) -> dict[str, Any]:
     """The named entry, as `read` does for the main one."""
     file = Path(path)
-    text = _choose(file, _read_tflite, _read_onnx)(file, entry)
+    text = _choose(file, _read_tflite, _read_onnx, read_text)(file, entry)
     if text is None:
         return {}
     try:
@@ -68,12 +69,13 @@ def read_entry(path: Path | str, entry: str) -> dict[str, Any]:
     return content
 
 
-def _choose(file: Path, tflite: Any, onnx: Any) -> Any:
-    if file.suffix == ".tflite":
-        return tflite
-    if file.suffix == ".onnx":
-        return onnx
-    raise ExportError(f"'{file.suffix}' files carry no metadata ({file.name})", hint="expected .tflite or .onnx")
+def _choose(file: Path, tflite: Any, onnx: Any, executorch: Any) -> Any:
+    found = {".tflite": tflite, ".onnx": onnx, ".pte": executorch}.get(file.suffix)
+    if found is None:
+        raise ExportError(
+            f"'{file.suffix}' files carry no metadata ({file.name})", hint="expected .tflite, .onnx or .pte"
+        )
+    return found
 
 
 def _write_tflite(file: Path, name: str, text: str) -> None:

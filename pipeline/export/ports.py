@@ -4,6 +4,7 @@ __all__ = ["Port", "encoder", "lay_out"]
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,4 @@ def encoder(path: Path, source: Port, channels_last: bool) -> Callable[[Floats],
     pixels = read_pixel_input(path) if source.dtype == np.uint8 else None
     if pixels is None:
         return source.encode
-    shape = (1, 1, 1, -1) if channels_last else (1, -1, 1, 1)
-    mean = np.asarray(pixels.mean, dtype=np.float32).reshape(shape)
-    std = np.asarray(pixels.std, dtype=np.float32).reshape(shape)
-    return lambda images: np.rint((images * std + mean) * 255.0).clip(0, 255).astype(np.uint8)
+    return partial(pixels.from_normalised, channels_last=channels_last)

@@ -38,6 +38,7 @@ def quietly(doing: str, *, hint: str = "") -> Iterator[None]:
         saved = os.dup(1), os.dup(2)
         text = open(os.dup(log.fileno()), "w", encoding="utf-8", errors="replace")  # noqa: PTH123, SIM115
         previous_level = logging.root.manager.disable
+        previous_handlers = list(logging.root.handlers)
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
         logging.disable(logging.ERROR)
@@ -51,6 +52,8 @@ def quietly(doing: str, *, hint: str = "") -> Iterator[None]:
             failure = error
         finally:
             logging.disable(previous_level)
+            # A library that sets up logging while it is imported would go on writing to the stream closed above.
+            logging.root.handlers[:] = previous_handlers
             sys.stdout.flush()
             sys.stderr.flush()
             for descriptor, copy in zip((1, 2), saved, strict=True):

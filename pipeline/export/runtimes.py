@@ -1,4 +1,4 @@
-"""Runs exported files through the runtimes that ship them: LiteRT and ONNX Runtime."""
+"""Runs exported files through the runtimes that ship them: LiteRT, ONNX Runtime and ExecuTorch."""
 
 __all__ = ["Predictor", "open_model"]
 
@@ -13,6 +13,7 @@ from pipeline.errors import ExportError
 from pipeline.export.extras import require
 from pipeline.export.input_format import is_channels_last
 from pipeline.export.ports import Port, encoder, lay_out
+from pipeline.export.pte_files import FORWARD, load_executorch, load_pte
 from pipeline.export.quiet import quietly
 
 Images = npt.NDArray[np.float32]
@@ -28,7 +29,7 @@ class Predictor(Protocol):
 
 
 def open_model(path: Path | str, threads: int = 2, *, tensorflow: bool = False) -> Predictor:
-    """Opens a `.tflite` or `.onnx` file with its runtime, chosen by the suffix.
+    """Opens a `.tflite`, `.onnx` or `.pte` file with its runtime, chosen by the suffix.
 
     The predictor hides what differs between files: the layout (NHWC or NCHW), the batch size written into the
     file, int8 or uint8 inputs and outputs. A file that takes raw uint8 pixels is given the pixels that its own
@@ -36,7 +37,7 @@ def open_model(path: Path | str, threads: int = 2, *, tensorflow: bool = False) 
 
     Args:
         path: The file.
-        threads: Threads of one inference.
+        threads: Threads of one inference; ExecuTorch has one pool a process and keeps the size that it chose.
         tensorflow: Run a `.tflite` file by TensorFlow's own interpreter instead of LiteRT's: a second opinion.
 
     Raises:
@@ -49,7 +50,9 @@ def open_model(path: Path | str, threads: int = 2, *, tensorflow: bool = False) 
         return _File(file, *_open_tflite(file, threads, tensorflow))
     if file.suffix in {".onnx", ".ort"}:
         return _File(file, *_open_onnx(file, threads))
-    raise ExportError(f"no runtime for '{file.suffix}' ({file.name})", hint="expected .tflite, .onnx or .ort")
+    if file.suffix == ".pte":
+        return _File(file, *_open_executorch(file))
+    raise ExportError(f"no runtime for '{file.suffix}' ({file.name})", hint="expected .tflite, .onnx, .ort or .pte")
 
 
 _Invoke = Callable[[npt.NDArray[Any]], npt.NDArray[Any]]
@@ -136,3 +139,36 @@ def _onnx_port(path: Path, value: Any) -> Port:
             hint="export the model with static shapes",
         )
     return Port(tuple(value.shape), np.dtype(kind))
+
+
+# The numbers of PyTorch's scalar types.
+_EXECUTORCH_TYPES = {0: np.uint8, 6: np.float32}
+
+
+def _open_executorch(path: Path) -> tuple[_Invoke, Port, Port, bool]:
+    # Parsed once in Python: the runtime stops the whole process at some damaged files.
+    load_pte(path)
+    runtime = load_executorch("executorch.runtime")
+    torch = require("torch", extra="executorch")
+    with quietly(f"open {path.name} with ExecuTorch", hint="export it again with this version of ExecuTorch"):
+        program = runtime.Runtime.get().load_program(path)
+        method = program.load_method(FORWARD)
+        meta = method.metadata
+        source, target = (_executorch_port(path, info(0)) for info in (meta.input_tensor_meta, meta.output_tensor_meta))
+
+    def invoke(images: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        owned = images if images.flags.writeable else images.copy()
+        result: npt.NDArray[Any] = method.execute([torch.from_numpy(owned)])[0].numpy()
+        return result
+
+    return invoke, source, target, False
+
+
+def _executorch_port(path: Path, info: Any) -> Port:
+    kind = _EXECUTORCH_TYPES.get(info.dtype())
+    if kind is None:
+        raise ExportError(
+            f"{path.name}: its input or output is of PyTorch's scalar type {info.dtype()}, expected float32 or uint8",
+            hint="export it with layerfold",
+        )
+    return Port(tuple(info.sizes()), np.dtype(kind))

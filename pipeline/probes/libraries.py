@@ -14,7 +14,7 @@ from pipeline.probes import Finding
 _TIMEOUT_S = 180
 # Extras without which `layerfold run quickstart` does not work; the others serve some recipes or developers only.
 _NEEDED_EXTRAS = ("", "tflite", "onnx")
-_SHOWN_EXTRAS = (*_NEEDED_EXTRAS, "weights", "data", "tensorflow", "ray")
+_SHOWN_EXTRAS = (*_NEEDED_EXTRAS, "weights", "data", "executorch", "tensorflow", "ray")
 # Libraries with a compiled half that can be the wrong build, and the names they are imported by.
 _MODULES = {
     "torch": "torch",
@@ -28,6 +28,7 @@ _MODULES = {
     "onnxruntime": "onnxruntime",
     "onnxsim": "onnxsim",
     "onnxslim": "onnxslim",
+    "executorch": "executorch.runtime",
     "tensorflow": "tensorflow",
 }
 _REPAIRED = "torchvision was repaired"

@@ -12,7 +12,8 @@ _MODELS = ("baseline", "folded")
 def check_tables(report: RunReport) -> list[Table]:
     """Verification, second opinions, worst images, a census for each format, noise of each unit; those with rows."""
     tables = [_verification(report), _opinions(report), _worst(report)]
-    tables += [_census(report, form, title) for form, title in (("tflite", "TFLite"), ("onnx", "ONNX"))]
+    formats = (("tflite", "TFLite"), ("onnx", "ONNX"), ("executorch", "ExecuTorch"))
+    tables += [_census(report, form, title) for form, title in formats]
     return [table for table in (*tables, _noise(report)) if table.rows]
 
 

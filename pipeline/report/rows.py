@@ -14,6 +14,8 @@ KINDS = {
     "onnx_fp16": "ONNX fp16",
     "onnx_dynamic": "ONNX dynamic int8",
     "onnx_int8": "ONNX int8",
+    "executorch_fp32": "ExecuTorch fp32",
+    "executorch_int8": "ExecuTorch int8",
     "tensorflow": "TensorFlow's interpreter",
 }
 """What readers call the torch model and the kinds of files, in the order in which they are shown."""

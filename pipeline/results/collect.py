@@ -36,6 +36,8 @@ FILE_SUFFIXES: dict[FileKind, str] = {
     "tflite_dynamic": ".dynamic.tflite",
     "onnx_fp16": ".fp16.onnx",
     "onnx_dynamic": ".dynamic.onnx",
+    "executorch_fp32": ".pte",
+    "executorch_int8": ".int8.pte",
 }
 
 

@@ -37,6 +37,8 @@ FileKind = Literal[
     "tflite_dynamic",
     "onnx_fp16",
     "onnx_dynamic",
+    "executorch_fp32",
+    "executorch_int8",
 ]
 
 

@@ -24,10 +24,14 @@ def run(context: StageContext) -> dict[str, Any]:
     """
     section = context.recipe.bench
     made = make_targets(context.recipe)
+    asked = section.formats or context.recipe.export.formats
+    if "executorch" in asked:
+        context.report.say("no target runs .pte files: executorch is not measured")
     jobs = [
         (precision, form, {name: target for name, target in made.items() if _takes(target, precision, form)})
         for precision in section.precisions
-        for form in section.formats or context.recipe.export.formats
+        for form in asked
+        if form in _FORMATS
     ]
     total = sum(len(chosen) for _, _, chosen in jobs)
     rows: list[LatencyRow] = []
@@ -52,7 +56,8 @@ def run(context: StageContext) -> dict[str, Any]:
     rows.sort(key=lambda row: order.index(row.target))
     (context.work / "measurements.json").write_text(json.dumps(measured, indent=1, allow_nan=False))
     shown = ", ".join(f"{r.target} {r.precision} {r.ratio:.3f}" for r in rows if r.ratio is not None)
-    return {"latency": [row.model_dump() for row in rows], "summary": f"folded/baseline {shown or 'failed'}"}
+    summary = f"folded/baseline {shown or 'failed'}" if rows else "nothing to measure"
+    return {"latency": [row.model_dump() for row in rows], "summary": summary}
 
 
 def make_targets(recipe: Any) -> dict[str, Target]:

@@ -1,4 +1,4 @@
-"""Stage 5: baseline and folded network as float TFLite and ONNX files, each with a census that the target must run."""
+"""Stage 5: baseline and folded network as float files, each with a census that the target must run."""
 
 __all__ = ["MODELS", "Prepared", "census_record", "file_metadata", "judge", "pixel_input", "prepared", "run"]
 

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, fx
+from torch import Tensor
 
 from pipeline.export import metadata, sqnr
 from pipeline.export.calibration import Calibration, collect
-from pipeline.export.conversion import EXPORTERS, Checked, check, file_name
-from pipeline.export.int8 import Int8Options, operate, quantise
+from pipeline.export.conversion import EXPORTERS, Checked, check, file_name, to_int8
+from pipeline.export.int8 import Int8Options, operate
 from pipeline.folding.units import find_units
 from pipeline.recipe import Recipe
 from pipeline.stages import StageContext, workbench
@@ -43,6 +43,10 @@ def run(context: StageContext) -> dict[str, Any]:
     infos: dict[str, Any] = {}
     operated: dict[str, Any] = {}
     noise: list[dict[str, Any]] = []
+    # Only these formats let one look at the tensors inside.
+    watched = next((form for form in recipe.export.formats if form != "executorch"), None)
+    if watched is None and section.noise_images:
+        context.report.say("no table of each unit's noise: it needs a TFLite or ONNX file in export.formats")
     for which in MODELS:
         context.report.progress(len(checked), total, f"{which} made ready for int8")
         source = prepared(context, which)
@@ -59,11 +63,11 @@ def run(context: StageContext) -> dict[str, Any]:
         for form in recipe.export.formats:
             context.report.progress(len(checked), total, f"{which}.{form} to int8")
             exported = context.inputs["export"].file(f"models/{file_name(which, 'fp32', form)}")
-            float_file = exported
-            if ready.network is not source.network:
-                float_file = _float_file(context, ready.network, source.example, f"{which}.operated.{form}")
             path = context.work / "models" / file_name(which, "int8", form)
-            info = quantise(float_file, path, taken.batches, options, name=exported.name)
+            info, float_file = to_int8(
+                form, source.network, ready, exported, path, taken.batches, options, example=source.example,
+                pixels=pixel_input(recipe), scratch=context.checkpoints / f"{which}.operated.{form}",
+            )  # fmt: skip
             content = metadata.read(exported)
             metadata.write(path, content | record | {"precision": "int8", "converter": info.converter})
             found = check(
@@ -74,12 +78,13 @@ def run(context: StageContext) -> dict[str, Any]:
             )
             checked.append(found)
             infos[path.name] = info.as_dict() | {"advice": list(found.advice)}
-            if form == recipe.export.formats[0] and section.noise_images:
+            if form == watched and section.noise_images:
                 reference = float_file
                 if ready.reference is source.network:
                     reference = exported
                 elif ready.reference is not ready.network:
-                    reference = _float_file(context, ready.reference, source.example, f"{which}.reference.{form}")
+                    reference = context.checkpoints / f"{which}.reference.{form}"
+                    EXPORTERS[form](ready.reference, source.example, reference, pixels=pixel_input(recipe))
                 noise += _noise(context, which, reference, path, taken)
     judge(context, checked)
     for damaged, reason in taken.skipped.items():
@@ -127,13 +132,6 @@ def _training_images(recipe: Recipe) -> Iterator[Tensor]:
     for epoch in itertools.count():
         for images, _ in source.batches(size, train=True, seed=recipe.seed, epoch=epoch):
             yield images
-
-
-def _float_file(context: StageContext, network: fx.GraphModule, example: Tensor, name: str) -> Path:
-    """A float file of a network after surgery, in a folder that is dropped when the stage is done."""
-    path = context.checkpoints / name
-    EXPORTERS[path.suffix.removeprefix(".")](network, example, path, pixels=pixel_input(context.recipe))
-    return path
 
 
 def _noise(

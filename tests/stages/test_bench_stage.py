@@ -108,6 +108,15 @@ def test_a_target_without_files_is_said_and_is_no_failure(asked: list[str], tmp_
     assert "npu runs none of the files: nothing to measure" in moves
 
 
+def test_files_that_no_target_runs_are_said_and_skipped(asked: list[str], tmp_path: Path) -> None:
+    only = ("bench.targets=[clock]", "bench.precisions=[fp32]")
+    metrics, moves = run(tmp_path, *only, "export.formats=[onnx,executorch]")
+    assert asked == ["clock baseline.onnx folded.onnx"] and len(metrics["latency"]) == 1
+    assert "no target runs .pte files: executorch is not measured" in moves
+    metrics, moves = run(tmp_path, *only, "export.formats=[executorch]")
+    assert metrics == {"latency": [], "summary": "nothing to measure"} and len(asked) == 1
+
+
 def test_options_reach_their_target_and_strangers_are_refused(asked: list[str]) -> None:
     load = recipe_files.load
     recipe = load("quickstart", overrides=["bench.targets=[clock,npu]", "bench.options={npu: {speed: 7, threads: 3}}"])
