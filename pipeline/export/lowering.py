@@ -97,6 +97,11 @@ class _Lowering:
         lowered = fx.GraphModule(self._root, self._graph)
         lowered.graph.eliminate_dead_code()
         lowered.delete_all_unused_submodules()
+        # The layers own copies of their weights; ExecuTorch would write those that nothing reads a second time.
+        read = {node.target for node in lowered.graph.nodes if node.op == "get_attr"}
+        for name, _ in list(lowered.named_buffers(recurse=False)):
+            if name not in read:
+                delattr(lowered, name)
         # litert-torch knows constants by their address and copies those that are not contiguous (weights trained in
         # channels-last order): a freed copy's address comes back, and one layer silently gets another's weights.
         for tensor in (*lowered.parameters(), *lowered.buffers()):

@@ -82,6 +82,8 @@ def test_the_census_counts_what_the_delegate_computes(pte: dict[str, Path]) -> N
         assert found.outputs[0].shape == (1, 10)
         assert found.quantized == (kind == "int8") and found.float_tensors == ()
         assert inspect.gate(found) == []
+    # The weights once, and a graph of some kilobytes.
+    assert pte["fp32"].stat().st_size < 4 * 1.5 * sum(p.numel() for p in tiny_net().parameters()) + 8_000
 
 
 @needs_package

@@ -35,6 +35,8 @@ def test_lowering_leaves_plain_layers_under_the_models_names(network: TinyNet) -
         "classifier",
     }
     assert not [layer for layer in lowered.modules() if isinstance(layer, nn.BatchNorm2d)]
+    # No second copy of the weights either.
+    assert list(lowered.buffers()) == []
 
 
 def test_lowering_does_not_change_the_model() -> None:
