@@ -4,7 +4,7 @@ Works on the traced graph, not on model classes: wherever a padded convolution r
 map before that activation is followed back through the region's linear layers to the region's entry.
 """
 
-__all__ = ["DEFAULT_REACH", "install", "remove"]
+__all__ = ["TRAINING_REACH", "install", "remove"]
 
 import operator
 from typing import cast
@@ -29,8 +29,9 @@ from pipeline.folding.trace import trace
 
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
 _DROPOUTS = (nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-# A region of n blended activations needs a margin n layers deep; beyond this reach the border stays zero.
-DEFAULT_REACH = 3
+# A region of n blended activations needs a margin n layers deep, and its cost grows as fast. Training bounds it: beyond
+# this reach the border stays zero.
+TRAINING_REACH = 3
 
 
 class _Unsupported(Exception):
@@ -74,7 +75,7 @@ def remove(model: nn.Module) -> None:
 
 
 def install(
-    model: nn.Module, linear: dict[str, AlphaActivation | None], *, reach: int | None = DEFAULT_REACH
+    model: nn.Module, linear: dict[str, AlphaActivation | None], *, reach: int | None = None
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Gives ring padding to the padded convolutions that read a blended activation; changes `model`.
 

@@ -43,7 +43,7 @@ def attach(
     *,
     per: Literal["unit", "layer"] = "unit",
     ring: bool = True,
-    reach: int | None = rings.DEFAULT_REACH,
+    reach: int | None = None,
     initial: float = 0.0,
 ) -> nn.Module:
     """Blends the activations of fold units with the identity; returns a copy of `model`.
@@ -56,14 +56,19 @@ def attach(
             activations; or "all" for every foldable unit, or every activation where the network has no units.
         per: One α for each entry of `units`, or one for each activation.
         ring: Let zero padding inside a unit follow α (DESIGN: the border). False is the published method.
-        reach: How many blended activations a ring looks back through; more only matters where that many
-            consecutive activations go.
-        initial: The value of α at the start.
+        reach: How many blended activations a ring looks back through; None for all. A bound is quicker in deep
+            networks without bottlenecks, and exact until more consecutive activations than that have gone.
+        initial: The value of α at the start, in [0, 1].
 
     Raises:
-        UnitError: A name is unknown, holds no activation, or one activation belongs to two units.
+        UnitError: A name is unknown, holds no activation, or one activation belongs to two units; `per` or
+            `initial` is out of range.
         TraceError: With `ring`, the network cannot be traced.
     """
+    if per not in ("unit", "layer"):
+        raise UnitError(f"per is {per!r}", hint="it is 'unit' or 'layer'")
+    if not 0 <= initial <= 1:
+        raise UnitError(f"initial is {initial}", hint="α lies in [0, 1]")
     student = copy.deepcopy(model)
     modules = dict(student.named_modules())
     groups = _groups(student, units, per)

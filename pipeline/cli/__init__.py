@@ -83,4 +83,8 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()
         code = 1
+    except OSError as error:  # a path that cannot be read or written; whoever knows what it was for said so before
+        where = f"{error.filename}: " if error.filename else ""
+        click.echo(f"error: {where}{error.strerror or error}\n  fix: give a path that can be read or written", err=True)
+        code = 2
     sys.exit(code if isinstance(code, int) else 0)

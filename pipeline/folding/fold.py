@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from pipeline.errors import UnitError, nearest
 from pipeline.folding.emit import Segment, emit
 from pipeline.folding.graph import Region, find_regions
-from pipeline.folding.layers import Layer, read_layers
+from pipeline.folding.layers import Layer, read_layers, ring_entries
 from pipeline.folding.partition import Partition, partition
 from pipeline.folding.rules import Border, LatencyModel, Policy, Rules
 from pipeline.folding.trace import module_path, trace
@@ -97,7 +97,7 @@ def fold(
     if norms == "keep":
         kept = _kept_norms(layers, traced, units or ())
         layers = {node: layer for node, layer in layers.items() if node not in kept}
-    rules = Rules(policy, border, layers, units, latency)
+    rules = Rules(policy, border, layers, units, latency, ring_entries(traced))
     cuts = [(region, partition(region, rules)) for region in find_regions(traced.graph, layers)]
     skipped = [skip for region, cut in cuts if (skip := _split_region(region, cut, layers)) is not None]
     skipped += [Skipped((name,), reason) for name, reason in traced.meta["opaque"].items()]

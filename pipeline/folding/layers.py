@@ -15,7 +15,7 @@ from pipeline.folding.geometry import Axis
 from pipeline.folding.modules import BorderConv2d, PaddedConv2d
 from pipeline.folding.trace import is_activation, shape_of
 
-__all__ = ["Layer", "as_passing", "conv_of", "is_affine", "is_window", "read_layers"]
+__all__ = ["Layer", "as_passing", "conv_of", "is_affine", "is_window", "read_layers", "ring_entries"]
 
 _ADDS: tuple[object, ...] = (operator.add, operator.iadd, torch.add, "add", "add_")
 _SUBTRACTIONS: tuple[object, ...] = (operator.sub, operator.isub, torch.sub, "sub", "sub_")
@@ -86,6 +86,22 @@ def read_layers(traced: fx.GraphModule) -> dict[fx.Node, Layer]:
         if layer is not None:
             layers[node] = layer
     return layers
+
+
+def ring_entries(traced: fx.GraphModule) -> dict[fx.Node, frozenset[fx.Node]]:
+    """For every ring-padded convolution the values at which its padding ends: beyond them it takes zeros for granted.
+
+    Plain composition of the layers from these values on is exact at the border; of a layer before them it is not.
+    """
+    nodes = [node for node in traced.graph.nodes if node.op == "call_module"]
+    modules = {node: traced.get_submodule(str(node.target)) for node in nodes}
+    tapped = {id(hook): node.args[0] for node in nodes for hook in modules[node]._forward_pre_hooks.values()}
+    entries: dict[fx.Node, frozenset[fx.Node]] = {}
+    for node, module in modules.items():
+        if getattr(module, "ring_exact", False):
+            field = cast(Any, module).field
+            entries[node] = frozenset(tapped[id(tap)] for tap in field.taps() if id(tap) in tapped)
+    return entries
 
 
 def is_affine(node: fx.Node, traced: fx.GraphModule) -> bool:

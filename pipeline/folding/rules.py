@@ -36,6 +36,7 @@ class Rules:
             one of them or across one of these activations, while norms and parallel branches are merged
             everywhere. None: no limit.
         latency: Time of a convolution on an input of (height, width); MACs where None.
+        ring_entries: For every ring-padded convolution the values at which its padding ends.
     """
 
     policy: Policy
@@ -43,6 +44,7 @@ class Rules:
     layers: Mapping[fx.Node, Layer]
     units: Collection[str] | None = None
     latency: LatencyModel | None = None
+    ring_entries: Mapping[fx.Node, frozenset[fx.Node]] = field(default_factory=dict)
     _specs: dict[tuple[int, int], ConvSpec] = field(default_factory=dict, repr=False, compare=False)
 
     def spec(self, elements: tuple[Element, ...]) -> ConvSpec:
@@ -99,6 +101,8 @@ class Rules:
         if spec.parameters > _LARGEST_KERNEL:
             rows, cols = spec.kernel
             return f"its {rows}×{cols} kernel would hold {spec.parameters / 1e6:.0f} M weights"
+        if self._passes_a_ring_entry(elements):
+            return "ring padding ends at its unit's input, so no layer before that may join"
         chosen = self._chosen(elements)
         if self.units is not None and not chosen:
             return "it is not inside a named unit"
@@ -110,6 +114,17 @@ class Rules:
             if self._windows_macs(elements) < spec.macs(*self.size(_entry(elements))):
                 return "one convolution would cost more than its parts"
         return ""
+
+    def _passes_a_ring_entry(self, elements: tuple[Element, ...]) -> bool:
+        """Whether layers that change a value come before the end of some ring padding among the elements."""
+        nodes = [node for element in elements for node in element.nodes]
+        inside = set(nodes)
+        for ring in inside & self.ring_entries.keys():
+            for entry in self.ring_entries[ring] & inside:
+                before = nodes[: nodes.index(entry) + 1]
+                if not all(self.layers[node].is_identity for node in before):
+                    return True
+        return False
 
     def _windows_macs(self, elements: tuple[Element, ...]) -> int:
         layers = [self.layers[node] for element in elements for node in element.nodes]

@@ -124,7 +124,11 @@ def tune(
     rates = [options.rate * scale for _, module in inside for scale in _scales(module)]
     groups = [{"params": [tensor], "lr": rate} for tensor, rate in zip(tensors, rates, strict=True)]
     optimiser = torch.optim.AdamW(groups, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rates, options.steps, pct_start=0.1, cycle_momentum=False)
+    # A cycle rises for at least one step: where few are taken, half of a slightly longer one.
+    few = options.steps < 20
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, rates, options.steps + 2 * few, pct_start=0.5 if few else 0.1, cycle_momentum=False
+    )
     stream = _samples(walk, stop, options, held_out)
     for step in range(options.steps):
         inputs, target = next(stream)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from pipeline import alpha
+from pipeline.alpha.rings import TRAINING_REACH
 from pipeline.errors import UnitError, nearest
 from pipeline.folding import fold
 from pipeline.folding.units import Unit, find_activations, find_units, linearise
@@ -62,7 +63,14 @@ def _learned(
         student = alpha.attach_replacements(baseline, layers, initial=section.alpha_init)
     else:
         wanted = [name for unit in units for name in unit.activations] if section.per == "layer" else names
-        student = alpha.attach(baseline, units=wanted, per=section.per, ring=section.ring, initial=section.alpha_init)
+        student = alpha.attach(
+            baseline,
+            units=wanted,
+            per=section.per,
+            ring=section.ring,
+            reach=TRAINING_REACH,
+            initial=section.alpha_init,
+        )
     schedule = alpha.AlphaSchedule(
         lambda_c=section.lambda_c,
         p=section.p,

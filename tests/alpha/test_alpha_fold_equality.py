@@ -1,6 +1,7 @@
 """The promise of α-training: what was trained is what the fold ships, border included, with no repair."""
 
 import copy
+from typing import Literal
 
 import pytest
 import torch
@@ -122,3 +123,33 @@ def test_trained_alpha_student_folds_in_single_precision() -> None:
     folded = fold(settled, x[:1].float(), units=list(alpha.values(student)))
     y = student(x)
     assert ((folded.model(x.float()).double() - y).abs().max() / y.abs().max()).item() < 1e-4
+
+
+@pytest.mark.parametrize("border", ["approximate", "exact"])
+@pytest.mark.parametrize("units", [["blocks.3.2", "blocks.1.1"], ["blocks.3.1", "blocks.3.2"]])
+def test_the_fold_of_the_whole_network_keeps_to_the_rings(
+    units: list[str], border: Literal["approximate", "exact"]
+) -> None:
+    """No unit is named to the fold: the layers before a unit, whose biases its ring knows nothing of, stay apart."""
+    model, x = network("mobilenetv2_050", 64)
+    student = alpha.set_values(alpha.attach(model, units), 1.0)
+    calm(student, x)
+    expected = student(x)
+    result = fold(alpha.settle(student), x[:1], border=border)
+    assert spread(expected) > 1e-2
+    torch.testing.assert_close(result.model(x), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("depth", [4, 6])
+def test_many_activations_in_a_row_can_go(depth: int) -> None:
+    torch.manual_seed(0)
+    layers: list[nn.Module] = [nn.Conv2d(3, 4, 3, padding=1)]
+    for _ in range(depth):
+        layers += [nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1)]
+    model = nn.Sequential(*layers).double().eval()
+    x = torch.randn(2, 3, 16, 15, dtype=torch.float64)
+    student = alpha.set_values(alpha.attach(model, [str(index) for index in range(1, 2 * depth, 2)]), 1.0)
+    expected = student(x)
+    settled = alpha.settle(student)
+    torch.testing.assert_close(settled(x), expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(fold(settled, x[:1]).model(x), expected, rtol=1e-10, atol=1e-10)
