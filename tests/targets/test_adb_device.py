@@ -196,10 +196,23 @@ def test_adbd_is_not_started_outside_namespaces(tmp_path: Path) -> None:
         done = subprocess.run(
             [sys.executable, str(TOOL), "--state", str(tmp_path), *verb], capture_output=True, text=True, timeout=60
         )
-        assert done.returncode == ABSENT_EXIT_CODE and "not started outside a network namespace" in done.stderr
+        assert done.returncode == 1 and "not started outside a network namespace" in done.stderr
     # The harmless program that stands for adbd here would have left its mark at once.
     time.sleep(0.5)
     assert not mark.exists()
+
+
+def test_the_tool_touches_no_folder_but_its_own(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    for verb in ("down", "up"):
+        done = subprocess.run(
+            [sys.executable, str(TOOL), "--state", str(tmp_path), verb], capture_output=True, text=True, timeout=120
+        )
+        if verb == "down" or done.returncode != ABSENT_EXIT_CODE:
+            assert done.returncode == 1 and "not a folder of this tool" in done.stderr
+        assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+    gone = tmp_path / "never"
+    subprocess.run([sys.executable, str(TOOL), "--state", str(gone), "down"], check=True, timeout=120)
 
 
 def test_a_missing_tool_or_interpreter_is_said_so(lab: Lab, make_model: MakeModel) -> None:
