@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from targets.stats import Ratio
 
 FAILED = 1
-_QUICK_RUNS = 10
+# The fewest that make an interval: six pairs of two.
+_QUICK_RUNS = 12
 _EPILOG = """\b
 Examples:
   layerfold bench folded.tflite --baseline baseline.tflite

@@ -120,9 +120,11 @@ def _row(name: str, precision: str, baseline: Measurement, folded: Measurement) 
         "instructions": (baseline.instructions, folded.instructions),
         "cycles": (baseline.cycles, folded.cycles),
     }.get(ratio.metric, (None, None))
+    # What cannot be told gets no interval that would look as if it could.
+    low, high = (None, None) if ratio.too_few else (ratio.low, ratio.high)
     return LatencyRow(
         **facts | {
             "metric": ratio.metric, "baseline_count": counts[0], "folded_count": counts[1], "ratio": ratio.ratio,
-            "ratio_low": ratio.low, "ratio_high": ratio.high, "valid": not reasons, "note": "; ".join(reasons),
+            "ratio_low": low, "ratio_high": high, "valid": not reasons, "note": "; ".join(reasons),
         }
     )  # fmt: skip
