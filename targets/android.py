@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from targets import options
 from targets.adb import AdbRemote, attached, choose
 from targets.base import Device, Measurement, OnProgress
 from targets.errors import DeviceError, OptionError, RuntimeMissingError, TimeoutExpiredError
@@ -51,23 +52,26 @@ class AndroidTarget:
         device: str | None = None,
         runner: RunnerName = "tool",
         binary: str | Path | None = None,
-        libraries: Sequence[str | Path] = (),
+        libraries: Sequence[str] = (),
         python: str = "python3",
         **settings: Any,
     ) -> None:
         if runner not in ("tool", "python"):
             raise OptionError(f"runner is {runner!r}, expected tool or python")
-        self.name = "android"
+        self.name = f"android:{device}" if device else "android"
         self.formats: tuple[str, ...] = ("tflite", "onnx")
         self._serial = device
         self._runner = runner
-        self._binary = binary
-        self._libraries = libraries
-        self._python = python
+        self._binary = binary if binary is None else Path(options.text("binary", str(binary)))
+        self._libraries = options.texts("libraries", libraries)
+        self._python = options.text("python", python)
         try:
-            self.settings = RemoteSettings(**{**settings, "cores": tuple(settings.get("cores") or ())})
+            self.settings = RemoteSettings(**settings)
         except TypeError as error:
             raise OptionError(f"target android: {error}", hint=f"it takes {', '.join(self.further_options)}") from error
+        if runner == "python" and self.settings.accelerator != "cpu":
+            hint = "use runner=tool, with benchmark_model"
+            raise OptionError(f"the python runner has no {self.settings.accelerator}", hint=hint)
 
     def device(self) -> Device:
         """Asks the device who it is."""
@@ -85,8 +89,10 @@ class AndroidTarget:
         on_progress: OnProgress | None = None,
     ) -> list[Measurement]:
         """Measures the files; see `targets.remote_benchmark.benchmark` for the errors."""
-        runner = make_runner(paths, self._runner, binary=self._binary, libraries=self._libraries, python=self._python)
         remote = AdbRemote(choose(self._serial))
+        runner = make_runner(paths, self._runner, binary=self._binary, libraries=self._libraries, python=self._python)
+        if runner.runtime == PERF_TEST.name and self.settings.accelerator == "gpu":
+            raise OptionError("onnxruntime_perf_test has no GPU on phones", hint="use nnapi or cpu")
         return benchmark(
             remote, runner, self.settings, paths, name=self.name, warmup=warmup, runs=runs, restarts=restarts,
             quick=quick, on_progress=on_progress,

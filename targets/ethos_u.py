@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
+from targets import options
 from targets.base import Device, Measurement, OnProgress, check_counts, layerfold_version, timestamp
 from targets.errors import ModelFileError, OptionError, ParseError, RuntimeMissingError, TimeoutExpiredError
 from targets.model_file import ModelFile, inspect
@@ -23,6 +24,7 @@ CONFIGURATIONS = (
     "ethos-u55-32", "ethos-u55-64", "ethos-u55-128", "ethos-u55-256", "ethos-u65-256", "ethos-u65-512",
     "ethos-u85-128", "ethos-u85-256", "ethos-u85-512", "ethos-u85-1024", "ethos-u85-2048",
 )  # fmt: skip
+_DEFAULT = "ethos-u55-256"
 _COUNTERS = {
     "cycles_npu": "cycles_npu",
     "cycles_sram_access": "cycles_sram_access",
@@ -36,7 +38,8 @@ class EthosUTarget:
     """Estimates models on an Ethos-U.
 
     Args:
-        device: Configuration of the NPU, one of `CONFIGURATIONS`: family and MACs a cycle.
+        device: Configuration of the NPU, one of `CONFIGURATIONS`: family and MACs a cycle;
+            ``ethos-u55-256`` if `None`.
         threads: Taken for the sake of callers that give it to every target; an NPU has none.
         timeout_s: Limit for one model, in seconds.
 
@@ -44,15 +47,17 @@ class EthosUTarget:
         OptionError: If the configuration is unknown.
     """
 
-    def __init__(self, *, device: str = "ethos-u55-256", threads: int = 1, timeout_s: float = 600.0) -> None:
-        if device not in CONFIGURATIONS:
+    def __init__(self, *, device: str | None = None, threads: int = 1, timeout_s: float = 600.0) -> None:
+        configuration = _DEFAULT if device is None else device
+        options.whole("threads", threads)
+        if configuration not in CONFIGURATIONS:
             raise OptionError(f"{device!r} is no Ethos-U", hint=f"use one of {', '.join(CONFIGURATIONS)}")
-        self.name = "ethos-u"
+        self.name = f"ethos-u:{device}" if device else "ethos-u"
         self.formats: tuple[str, ...] = ("tflite",)
         self.precisions = ("int8", "int16x8")
         self.runs_here = True
-        self._configuration = device
-        self._timeout_s = timeout_s
+        self._configuration = configuration
+        self._timeout_s = options.number("timeout_s", timeout_s, above=0)
 
     def device(self) -> Device:
         """Describes the NPU."""

@@ -14,18 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import platformdirs
-from filelock import FileLock, Timeout
-
 from targets.base import DeviceKind
-from targets.errors import DeviceBusyError, DeviceError, DeviceLostError, TargetError, TransferError
+from targets.errors import DeviceError, DeviceLostError, TargetError, TransferError
+from targets.locks import lock_folder
 from targets.model_file import sha256_of
 
 __all__ = [
     "Remote",
     "Reply",
     "Workspace",
-    "device_lock",
     "quoted",
     "sentinel_command",
     "split_at_sentinel",
@@ -124,38 +121,14 @@ def split_at_sentinel(stdout: str, stderr: str, nonce: str, device: str) -> Repl
 def owner_tag(device: str) -> str:
     """Names this machine's user on a device, so that left-over folders are recognised and others' are left alone.
 
-    A device under another address has another tag, since the lock that guards the folders is by address too.
+    A device under another address has another tag, since the lock that guards the folders is by address too; and so
+    has a run that keeps its locks elsewhere, as it would not be kept from running at the same time.
     """
-    identity = f"{os.uname().nodename}/{os.getuid()}/{device}"
+    identity = f"{os.uname().nodename}/{os.getuid()}/{device}/{lock_folder()}"
     machine_id = Path("/etc/machine-id")
     if machine_id.exists():
         identity += machine_id.read_text(encoding="ascii", errors="replace")
     return f"{PREFIX}-{hashlib.sha256(identity.encode()).hexdigest()[:10]}"
-
-
-@contextmanager
-def device_lock(identity: str, *, wait_s: float = 0.0) -> Iterator[None]:
-    """Holds a device for this process, against every other process of this user.
-
-    Args:
-        identity: Serial or address.
-        wait_s: How long to wait for another run to end, in seconds.
-
-    Raises:
-        DeviceBusyError: If another process still holds the device then.
-    """
-    folder = platformdirs.user_state_path("layerfold") / "locks"
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.lock")
-    try:
-        lock.acquire(timeout=wait_s)
-    except Timeout as error:
-        hint = "wait for the other run to end, or raise lock_wait_s"
-        raise DeviceBusyError(f"another run holds {identity}", hint=hint) from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 class Workspace:

@@ -6,11 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from targets import options
 from targets.base import Device, Measurement, OnProgress, check_counts
 from targets.errors import OptionError
 from targets.gates import MAX_BUSY_FRACTION, Gates, load_reason
+from targets.locks import device_lock
 from targets.model_file import inspect
-from targets.remote import Remote, device_lock, workspace
+from targets.remote import Remote, workspace
 from targets.remote_gates import QUERY, Facts, parse
 from targets.runners import ACCELERATORS, Runner, Workload
 
@@ -49,8 +51,13 @@ class RemoteSettings:
     lock_wait_s: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.threads < 1:
-            raise OptionError(f"threads is {self.threads}, expected 1 or more")
+        # Frozen: what is checked here is also what a lone core becomes a list by.
+        object.__setattr__(self, "cores", options.cores(self.cores))
+        options.whole("threads", self.threads)
+        for name in ("gate_wait_s", "max_busy", "min_battery_percent", "cooldown_s", "lock_wait_s"):
+            options.number(name, getattr(self, name))
+        for name in ("timeout_s", "push_timeout_s"):
+            options.number(name, getattr(self, name), above=0)
         if self.accelerator not in ACCELERATORS:
             raise OptionError(f"accelerator is {self.accelerator!r}, expected one of {', '.join(ACCELERATORS)}")
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from targets import options as options_
 from targets.base import Device, DeviceKind, Measurement, OnProgress
 from targets.errors import (
     DeviceError,
@@ -154,15 +155,19 @@ class SshTarget:
         options: Sequence[str] = (),
         **settings: Any,
     ) -> None:
-        self.name = "ssh"
+        self.name = f"ssh:{device}"
         self.formats: tuple[str, ...] = ("tflite", "onnx")
-        self._remote = SshRemote(device, storage=storage, options=options)
-        self._python = python
+        self._remote = SshRemote(
+            device, storage=options_.text("storage", storage), options=options_.texts("options", options)
+        )
+        self._python = options_.text("python", python)
         try:
-            self.settings = RemoteSettings(**{**settings, "cores": tuple(settings.get("cores") or ())})
+            self.settings = RemoteSettings(**settings)
         except TypeError as error:
             hint = f"it takes {', '.join(self.further_options)}"
             raise OptionError(f"target ssh: {error}", hint=hint) from error
+        if self.settings.accelerator != "cpu":
+            raise OptionError(f"accelerator is {self.settings.accelerator!r}, but Python on a board has only cpu")
 
     def device(self) -> Device:
         """Asks the board who it is."""

@@ -17,7 +17,7 @@ from targets.base import Device, Measurement
 from targets.errors import DeviceLostError, ModelFileError, OptionError, SetupError, UnknownTargetError
 
 MakeModel = Callable[..., Path]
-QUIET = ["--runs", "2", "--restarts", "1", "--warmup", "0", "--option", "gate_wait_s=0"]
+QUIET = ["--runs", "12", "--restarts", "1", "--warmup", "0", "--option", "gate_wait_s=0"]
 
 
 def run(*arguments: object) -> Result:
