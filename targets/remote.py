@@ -8,7 +8,7 @@ import os
 import re
 import shlex
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,10 +82,6 @@ class Remote(Protocol):
         """Returns the local command that runs `argv` there with standard input and output passed through."""
         ...
 
-    def env(self) -> Mapping[str, str] | None:
-        """Returns the environment that the local command needs, or `None` for the current one."""
-        ...
-
     def is_alive(self) -> bool:
         """Says whether the device still answers, within a few seconds."""
         ...
@@ -139,6 +135,7 @@ class Workspace:
         self.folder = folder
         self.push_timeout_s = push_timeout_s
         self.shell_timeout_s = shell_timeout_s
+        self.left_behind = ""
 
     def put(self, local: Path, name: str, *, executable: bool = False) -> str:
         """Sends a file under `name`, checks what arrived, and returns its path on the device.
@@ -189,6 +186,8 @@ class Workspace:
 def workspace(remote: Remote, *, push_timeout_s: float = 300.0, shell_timeout_s: float = 30.0) -> Iterator[Workspace]:
     """Makes a folder on the device and removes it in the end, whatever happens; call it with the device locked.
 
+    Where that fails after all went well, `Workspace.left_behind` says so.
+
     Folders that an earlier run of this user could not remove (the device was gone, or this machine) go first.
 
     Raises:
@@ -211,7 +210,11 @@ def workspace(remote: Remote, *, push_timeout_s: float = 300.0, shell_timeout_s:
             error.add_note(f"{space.folder} is left on {remote.id} until the next run there: {left.what}")
         raise
     else:
-        _remove(space)
+        try:
+            _remove(space)
+        except TargetError as left:
+            # The work is done and must not be lost over this; the caller says it, and the next run sweeps.
+            space.left_behind = f"{space.folder} is left on {remote.id} until the next run there: {left.what}"
 
 
 def _remove(space: Workspace) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from targets import options
 from targets.base import Device, Measurement, OnProgress, check_counts
-from targets.errors import OptionError
+from targets.errors import DeviceError, OptionError, TimeoutExpiredError
 from targets.gates import MAX_BUSY_FRACTION, Gates, load_reason
 from targets.locks import device_lock
 from targets.model_file import inspect
@@ -154,15 +154,25 @@ def benchmark(
         runner.prepare(space)
         facts, before = _wait_until_fit(remote, settings)
         found = runner.run(space, sent, work)
-        after = ask(remote).gates
+        try:
+            after, lost = ask(remote).gates, ""
+        except (DeviceError, TimeoutExpiredError) as error:
+            # The figures are there; only what the device was like afterwards is not.
+            after, lost = Gates(), f"the device did not say its state after the run: {error.what}"
     device = describe(remote, facts)
     group = uuid.uuid4().hex if len(files) > 1 else ""
     rows = []
     for file, row in zip(files, found, strict=True):
         reasons = [state_reason(before, settings)]
+        if lost:
+            reasons.append(lost)
+        elif busy := load_reason(after, max_busy=settings.max_busy):
+            reasons.append(f"after the run {busy}")
         if (after.thermal_status or 0) > (before.thermal_status or 0):
             reasons.append(f"the device began to throttle during the run (thermal status {after.thermal_status})")
-        if not row.actual_accelerator.startswith(settings.accelerator):
+        if row.actual_accelerator == "unknown":
+            reasons.append(f"asked for {settings.accelerator}, and {runner.runtime} does not say what ran the model")
+        elif not row.actual_accelerator.startswith(settings.accelerator):
             reasons.append(f"asked for {settings.accelerator}, but {row.actual_accelerator} ran the model")
         if device.kind == "adb-emulated":
             reasons = ["the device is emulated: neither its milliseconds nor their ratio say anything of a real one"]
@@ -177,6 +187,7 @@ def benchmark(
                 quick=quick, interleaved_with=group, init_ms=row.init_ms, peak_memory_mb=row.peak_memory_mb,
                 counters=row.counters, output_sha256=row.output_sha256, gates_before=before, gates_after=after,
                 valid=not reason, invalid_reason=reason,
+                note=space.left_behind,
             )
         )  # fmt: skip
     return rows

@@ -7,7 +7,7 @@ password or to accept an unknown host.
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -84,10 +84,6 @@ class SshRemote:
     def stream(self, argv: Sequence[str]) -> list[str]:
         """Returns the local command for `argv`; see `targets.remote.Remote.stream`."""
         return [_program("ssh"), "-T", *self._options, "--", self.id, f"exec {quoted(argv)}"]
-
-    def env(self) -> Mapping[str, str] | None:
-        """Needs nothing special."""
-        return None
 
     def is_alive(self) -> bool:
         """Says whether the board still answers a command."""
