@@ -38,7 +38,7 @@ _SPECS = (
     _StageSpec("export", ("export",), ("baseline", "postfold"), code_version=4),
     _StageSpec("quantize", ("quantize",), ("baseline", "postfold", "export"), code_version=4),
     _StageSpec("verify", ("verify",), ("baseline", "postfold", "export", "quantize"), code_version=3),
-    _StageSpec("bench", ("bench",), ("export", "quantize"), ("host",), code_version=2),
+    _StageSpec("bench", ("bench",), ("export", "quantize"), ("host",), code_version=3),
     _StageSpec(
         "report",
         ("report", "name", "description", "variant"),

@@ -4,7 +4,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from targets.errors import (
 )
 from targets.remote import Reply, quoted, sentinel_command, split_at_sentinel
 
-__all__ = ["AdbRemote", "Attached", "attached", "choose"]
+__all__ = ["HINTS", "AdbRemote", "Attached", "attached", "choose"]
 
 STORAGE = "/data/local/tmp"
 _QUERY_TIMEOUT_S = 15.0
@@ -32,10 +32,11 @@ _GONE = re.compile(
     r"protocol fault|connect failed|connection reset|failed to read command|EOF"
 )
 _FULL = re.compile(r"no space left on device", re.IGNORECASE)
-_HINTS = {
+# What to do about a device in a state that `adb devices` names.
+HINTS = {
     "unauthorized": "unlock the device and accept this computer's key",
     "offline": "unplug the device and plug it in again, or run `adb reconnect`",
-    "no": "the user may not open the USB device: add a udev rule, or join the group plugdev",
+    "no permissions": "the user may not open the USB device: add a udev rule, or join the group plugdev",
 }
 
 
@@ -84,7 +85,8 @@ def attached() -> list[Attached]:
         words = line.split()
         if len(words) >= 2:
             model = next((word.partition(":")[2] for word in words if word.startswith("model:")), "")
-            found.append(Attached(words[0], words[1], model))
+            state = "no permissions" if words[1:3] == ["no", "permissions"] else words[1]
+            found.append(Attached(words[0], state, model))
     return found
 
 
@@ -113,7 +115,7 @@ def choose(serial: str | None) -> str:
         raise DeviceNotFoundError(f"no device has serial {serial!r}; attached: {known}", hint="run `layerfold devices`")
     state = found[serial].state
     if state != "device":
-        raise DeviceError(f"device {serial} is {state}", hint=_HINTS.get(state, "see `adb devices -l`"))
+        raise DeviceError(f"device {serial} is {state}", hint=HINTS.get(state, "see `adb devices -l`"))
     return serial
 
 
@@ -122,13 +124,13 @@ class AdbRemote:
 
     Args:
         serial: Its serial, as `choose` returned it.
-        kind: ``adb``, or ``adb-emulated`` for a device that is known to be none of silicon.
+        storage: Folder on it for files.
     """
 
-    def __init__(self, serial: str, *, kind: DeviceKind = "adb") -> None:
+    def __init__(self, serial: str, *, storage: str = STORAGE) -> None:
         self.id = serial
-        self.kind: DeviceKind = kind
-        self.storage = STORAGE
+        self.kind: DeviceKind = "adb"
+        self.storage = storage.rstrip("/") or "/"
 
     def shell(self, argv: Sequence[str], *, timeout_s: float) -> Reply:
         """Runs one command; see `targets.remote.Remote.shell`."""
@@ -149,10 +151,6 @@ class AdbRemote:
         """Returns the local command for `argv`; see `targets.remote.Remote.stream`."""
         return [_adb_program(), "-s", self.id, "shell", "-T", f"exec {quoted(argv)}"]
 
-    def env(self) -> Mapping[str, str] | None:
-        """Needs nothing special."""
-        return None
-
     def is_alive(self) -> bool:
         """Says whether the device still answers a command."""
         try:
@@ -169,7 +167,7 @@ class AdbRemote:
             return
         says = (done.stderr + done.stdout).decode(errors="replace").strip()[-300:]
         if _FULL.search(says):
-            raise DeviceFullError(f"{self.id} has no room: {what}: {says}", hint=f"free some of {STORAGE}")
+            raise DeviceFullError(f"{self.id} has no room: {what}: {says}", hint=f"free some of {self.storage}")
         if _GONE.search(says) and not self.is_alive():
             raise DeviceLostError(f"{self.id} went away while {what}: {says}", hint="check the cable")
         raise TransferError(f"{what} failed on {self.id}: {says}")

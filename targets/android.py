@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from targets.adb import AdbRemote, attached, choose
+from targets import options
+from targets.adb import HINTS, STORAGE, AdbRemote, attached, choose
 from targets.base import Device, Measurement, OnProgress
 from targets.errors import DeviceError, OptionError, RuntimeMissingError, TimeoutExpiredError
 from targets.remote_benchmark import RemoteSettings, ask, benchmark, describe
@@ -12,19 +13,24 @@ from targets.runners import BENCHMARK_MODEL, PERF_TEST, PythonRunner, Runner, To
 
 __all__ = ["AndroidTarget", "devices"]
 
+_QUERY_TIMEOUT_S = 30.0
 RunnerName = Literal["tool", "python"]
 
 
 def devices() -> list[Device]:
-    """Lists what adb sees, usable or not; a machine without adb has none."""
+    """Lists what adb sees, usable or not; where adb itself is missing or broken, one row says so."""
     try:
         found = attached()
-    except (RuntimeMissingError, DeviceError, TimeoutExpiredError):
-        return []
-    return [
-        Device(item.serial, "adb", name=item.model, state="ready" if item.state == "device" else item.state)
-        for item in found
-    ]
+    except (RuntimeMissingError, DeviceError, TimeoutExpiredError) as error:
+        says = " ".join(error.what.split())
+        return [Device("android", "adb", state=f"not ready: {says}" + (f"; {error.hint}" if error.hint else ""))]
+    return [Device(item.serial, "adb", name=item.model, state=_state(item.state)) for item in found]
+
+
+def _state(state: str) -> str:
+    if state == "device":
+        return "ready"
+    return f"{state}: {HINTS[state]}" if state in HINTS else state
 
 
 class AndroidTarget:
@@ -37,6 +43,7 @@ class AndroidTarget:
         binary: The tool for the device; else ``LAYERFOLD_BENCHMARK_MODEL`` or ``LAYERFOLD_ORT_PERF_TEST`` names it.
         libraries: Shared libraries that the tool needs beside it.
         python: The device's interpreter, for the runner ``python``.
+        storage: Folder on the device for files; `None` takes ``/data/local/tmp``, or ``/tmp`` where there is none.
         settings: Fields of `targets.remote_benchmark.RemoteSettings`, such as ``threads`` and ``cores``.
 
     Raises:
@@ -51,23 +58,28 @@ class AndroidTarget:
         device: str | None = None,
         runner: RunnerName = "tool",
         binary: str | Path | None = None,
-        libraries: Sequence[str | Path] = (),
+        libraries: Sequence[str] = (),
         python: str = "python3",
+        storage: str | None = None,
         **settings: Any,
     ) -> None:
         if runner not in ("tool", "python"):
             raise OptionError(f"runner is {runner!r}, expected tool or python")
-        self.name = "android"
+        self.name = f"android:{device}" if device else "android"
         self.formats: tuple[str, ...] = ("tflite", "onnx")
         self._serial = device
         self._runner = runner
-        self._binary = binary
-        self._libraries = libraries
-        self._python = python
+        self._binary = binary if binary is None else Path(options.text("binary", str(binary)))
+        self._libraries = options.texts("libraries", libraries)
+        self._python = options.text("python", python)
+        self._storage = None if storage is None else options.text("storage", storage)
         try:
-            self.settings = RemoteSettings(**{**settings, "cores": tuple(settings.get("cores") or ())})
+            self.settings = RemoteSettings(**settings)
         except TypeError as error:
             raise OptionError(f"target android: {error}", hint=f"it takes {', '.join(self.further_options)}") from error
+        if runner == "python" and self.settings.accelerator != "cpu":
+            hint = "use runner=tool, with benchmark_model"
+            raise OptionError(f"the python runner has no {self.settings.accelerator}", hint=hint)
 
     def device(self) -> Device:
         """Asks the device who it is."""
@@ -85,8 +97,13 @@ class AndroidTarget:
         on_progress: OnProgress | None = None,
     ) -> list[Measurement]:
         """Measures the files; see `targets.remote_benchmark.benchmark` for the errors."""
+        remote = AdbRemote(choose(self._serial), storage=self._storage or STORAGE)
         runner = make_runner(paths, self._runner, binary=self._binary, libraries=self._libraries, python=self._python)
-        remote = AdbRemote(choose(self._serial))
+        if runner.runtime == PERF_TEST.name and self.settings.accelerator == "gpu":
+            raise OptionError("onnxruntime_perf_test has no GPU on phones", hint="use nnapi or cpu")
+        # Linux behind adb need not have Android's folders.
+        if self._storage is None and remote.shell(["test", "-d", STORAGE], timeout_s=_QUERY_TIMEOUT_S).code != 0:
+            remote.storage = "/tmp"
         return benchmark(
             remote, runner, self.settings, paths, name=self.name, warmup=warmup, runs=runs, restarts=restarts,
             quick=quick, on_progress=on_progress,

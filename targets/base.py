@@ -76,7 +76,8 @@ class Measurement:
         target: Name of the target, such as ``host-litert``.
         model: File name of the model.
         model_sha256: SHA-256 of the file, in hex; empty if it could not be read.
-        precision: ``fp32``, ``fp16``, ``int8``, ``int8-weights``, ``int16x8``, ``mixed`` or ``unknown``.
+        precision: ``fp32``, ``fp16``, ``int8``, ``int8-weights``, ``int16x8``, ``dynamic``, ``fp64``, ``mixed`` or
+            ``unknown``.
         runtime: Name of the runtime, such as ``litert``.
         runtime_version: Its version.
         requested_accelerator: What was asked for, such as ``cpu``, ``gpu``, ``nnapi``.
@@ -103,6 +104,7 @@ class Measurement:
         gates_before, gates_after: State of the device around the measurement.
         valid: Whether the absolute figures can be trusted.
         invalid_reason: Why not.
+        note: What else is to be known, though it does not touch the figures.
         failure: Name of the error class if there is no figure at all; empty otherwise.
         timestamp: When the row was made, ISO 8601 in UTC.
         layerfold_version: Version that made it.
@@ -140,6 +142,7 @@ class Measurement:
     gates_after: Gates = field(default_factory=Gates)
     valid: bool = True
     invalid_reason: str = ""
+    note: str = ""
     failure: str = ""
     timestamp: str = ""
     layerfold_version: str = ""

@@ -4,6 +4,7 @@ import threading
 import traceback
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from targets.base import Device, DeviceKind, Measurement, OnProgress, Target
@@ -67,7 +68,8 @@ def collect(
             )
             if len(rows) != len(paths):
                 raise UnexpectedError(f"target {name} gave {len(rows)} rows for {len(paths)} files")
-            return rows
+            # A name may say more than the target does of itself, and rows are joined to ratios by it.
+            return [replace(row, target=name) for row in rows]
         except TargetError as error:
             failure = error
             for note in getattr(error, "__notes__", ()):

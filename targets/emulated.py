@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from targets import options
 from targets.base import Device, Measurement, OnProgress, check_counts, layerfold_version, timestamp
 from targets.emulated_setup import EmulatedRoot, find, setup
 from targets.errors import OptionError, RuntimeMissingError, SetupError, TimeoutExpiredError, WorkerError
@@ -26,7 +27,6 @@ __all__ = ["EmulatedTarget", "devices", "setup"]
 MARKER = 27750
 _CPU = "cortex-a76"
 _RUNTIMES = {".tflite": ("litert", "tflite", "LiteRT"), ".onnx": ("ort", "onnx", "ONNX Runtime")}
-_PACKAGES = {"litert": "ai-edge-litert", "ort": "onnxruntime"}
 _INSTRUCTION_CLASSES = (
     "integer", "branch", "system", "memory", "memory_simd", "fp", "simd", "simd_dot", "other",
 )  # fmt: skip
@@ -83,15 +83,15 @@ class EmulatedTarget:
         timeout_s: float = 600.0,
         check_output: bool = True,
     ) -> None:
-        if threads != 1:
+        if options.whole("threads", threads) != 1:
             raise OptionError(f"threads is {threads}, but emulated-arm64 counts one thread", hint="use threads=1")
         self.name = "emulated-arm64"
         self.formats: tuple[str, ...] = ("tflite", "onnx")
         self.runs_here = True
-        self._cache = cache
-        self._folder = Path(folder) if folder is not None else None
-        self._timeout_s = timeout_s
-        self._check_output = check_output
+        self._cache = options.flag("cache", cache)
+        self._folder = folder if folder is None or isinstance(folder, Path) else Path(options.text("folder", folder))
+        self._timeout_s = options.number("timeout_s", timeout_s, above=0)
+        self._check_output = options.flag("check_output", check_output)
 
     def device(self) -> Device:
         """Describes the emulated device; raises `SetupError` if it is not built."""

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 from filelock import FileLock, Timeout
@@ -111,12 +112,11 @@ def find(folder: Path | None = None) -> EmulatedRoot:
     """
     folder = folder or default_folder()
     hint = "run `layerfold targets setup emulated-arm64`"
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SetupError(f"the emulated arm64 root is not built in {folder}", hint=hint) from error
-    except ValueError as error:
-        raise SetupError(f"the manifest in {folder} is damaged", hint=f"delete the folder and {hint}") from error
+    if not (folder / "manifest.json").exists():
+        raise SetupError(f"the emulated arm64 root is not built in {folder}", hint=hint)
+    manifest = _read_manifest(folder)
+    if manifest is None:
+        raise SetupError(f"the manifest in {folder} is damaged", hint=hint)
     if manifest.get("revision") != _REVISION or manifest.get("plugin_source") != sha256_of(_PLUGIN_SOURCE):
         raise SetupError(f"the emulated arm64 root in {folder} is of another version of layerfold", hint=hint)
     return EmulatedRoot(folder, manifest["versions"], manifest["qemu"])
@@ -264,11 +264,24 @@ def _note(folder: Path, step: str, hashes: Mapping[str, str]) -> None:
 
 
 def _run_files(folder: Path) -> list[Path]:
-    """Lists the files that are executed or loaded: programs, libraries and extension modules."""
-    found = [folder / "count.so", folder / "qemu/usr/bin/qemu-aarch64", folder / "sysroot/usr/bin/python3.11"]
-    for part in ("sysroot", "qemu", "site"):
-        found += [path for path in (folder / part).rglob("*.so*") if path.is_file() and not path.is_symlink()]
-    return sorted(set(found))
+    """Lists every file that a run may read: programs, libraries, and all of the guest's Python."""
+    found = [folder / "count.so", folder / "qemu/usr/bin/qemu-aarch64"]
+    found += list((folder / "qemu").rglob("*.so*"))
+    for part in ("sysroot", "site"):
+        # What Python compiles for itself comes and goes.
+        found += [path for path in (folder / part).rglob("*") if path.suffix != ".pyc"]
+    return sorted({path for path in found if path.is_file() and not path.is_symlink()})
+
+
+def _read_manifest(folder: Path) -> dict[str, Any] | None:
+    """Reads the manifest; `None` if it is missing or not what `_write_manifest` writes."""
+    try:
+        found = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    shape = {"revision": int, "plugin_source": str, "qemu": str, "versions": dict, "files": dict}
+    whole = isinstance(found, dict) and all(isinstance(found.get(name), kind) for name, kind in shape.items())
+    return found if whole else None
 
 
 def _write_manifest(folder: Path) -> None:
@@ -291,26 +304,27 @@ def _write_manifest(folder: Path) -> None:
 
 
 def _drop_damaged(folder: Path, done: Path) -> None:
-    """Takes back the marks of steps whose files are no longer what the manifest says, so that they are built again."""
+    """Takes back the marks of steps whose files are no longer what the manifest says, so that they are built again.
+
+    The manifest goes last: interrupted before that, the next call finds out the same again.
+    """
     manifest = folder / "manifest.json"
     if not manifest.exists():
         return
-    try:
-        known = json.loads(manifest.read_text(encoding="utf-8"))
-    except ValueError:
-        # Nothing can be trusted that cannot be checked.
-        known = {"files": {}, "versions": {}}
-        for mark in done.iterdir():
-            mark.unlink()
-    manifest.unlink()
+    known = _read_manifest(folder)
     steps = {"sysroot": ("guest", "processor"), "qemu": ("qemu",), "site": ("wheels",), "count.so": ("plugin",)}
-    damaged = {name for name, value in known["files"].items() if not _is_whole(folder / name, value)}
-    if known["versions"] != _versions():
-        damaged.add("site")
-    for name in damaged:
-        for step in steps[Path(name).parts[0]]:
+    if known is None:
+        # Nothing can be trusted that cannot be checked.
+        damaged = set(steps)
+    else:
+        damaged = {Path(name).parts[0] for name, value in known["files"].items() if not _is_whole(folder / name, value)}
+        if known["versions"] != _versions():
+            damaged.add("site")
+    for top in damaged:
+        for step in steps.get(top, ()):
             for mark in done.glob(f"{step}-*"):
                 mark.unlink()
+    manifest.unlink()
 
 
 def _is_whole(path: Path, sha256: str) -> bool:

@@ -6,6 +6,7 @@
 
 import csv
 import importlib.util
+import re
 import subprocess
 import sys
 import tempfile
@@ -13,16 +14,18 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
+from targets import options
 from targets.base import Device, Measurement, OnProgress, check_counts, layerfold_version, timestamp
 from targets.errors import ModelFileError, OptionError, ParseError, RuntimeMissingError, TimeoutExpiredError
 from targets.model_file import ModelFile, inspect
 
-__all__ = ["CONFIGURATIONS", "EthosUTarget", "read_summary"]
+__all__ = ["CONFIGURATIONS", "EthosUTarget", "read_operators", "read_summary"]
 
 CONFIGURATIONS = (
     "ethos-u55-32", "ethos-u55-64", "ethos-u55-128", "ethos-u55-256", "ethos-u65-256", "ethos-u65-512",
     "ethos-u85-128", "ethos-u85-256", "ethos-u85-512", "ethos-u85-1024", "ethos-u85-2048",
 )  # fmt: skip
+_DEFAULT = "ethos-u55-256"
 _COUNTERS = {
     "cycles_npu": "cycles_npu",
     "cycles_sram_access": "cycles_sram_access",
@@ -36,7 +39,8 @@ class EthosUTarget:
     """Estimates models on an Ethos-U.
 
     Args:
-        device: Configuration of the NPU, one of `CONFIGURATIONS`: family and MACs a cycle.
+        device: Configuration of the NPU, one of `CONFIGURATIONS`: family and MACs a cycle;
+            ``ethos-u55-256`` if `None`.
         threads: Taken for the sake of callers that give it to every target; an NPU has none.
         timeout_s: Limit for one model, in seconds.
 
@@ -44,15 +48,17 @@ class EthosUTarget:
         OptionError: If the configuration is unknown.
     """
 
-    def __init__(self, *, device: str = "ethos-u55-256", threads: int = 1, timeout_s: float = 600.0) -> None:
-        if device not in CONFIGURATIONS:
+    def __init__(self, *, device: str | None = None, threads: int = 1, timeout_s: float = 600.0) -> None:
+        configuration = _DEFAULT if device is None else device
+        options.whole("threads", threads)
+        if configuration not in CONFIGURATIONS:
             raise OptionError(f"{device!r} is no Ethos-U", hint=f"use one of {', '.join(CONFIGURATIONS)}")
-        self.name = "ethos-u"
+        self.name = f"ethos-u:{device}" if device else "ethos-u"
         self.formats: tuple[str, ...] = ("tflite",)
         self.precisions = ("int8", "int16x8")
         self.runs_here = True
-        self._configuration = device
-        self._timeout_s = timeout_s
+        self._configuration = configuration
+        self._timeout_s = options.number("timeout_s", timeout_s, above=0)
 
     def device(self) -> Device:
         """Describes the NPU."""
@@ -96,7 +102,7 @@ class EthosUTarget:
         with tempfile.TemporaryDirectory(prefix="layerfold-") as folder:
             argv = [
                 sys.executable, "-m", "ethosu.vela", str(file.path.resolve()), "--accelerator-config",
-                self._configuration, "--output-dir", folder,
+                self._configuration, "--output-dir", folder, "--show-cpu-operations",
             ]  # fmt: skip
             try:
                 done = subprocess.run(
@@ -111,13 +117,36 @@ class EthosUTarget:
             if len(tables) != 1:
                 raise ParseError(f"vela wrote {len(tables)} summaries for {file.path.name}, expected one")
             cycles, counters = read_summary(tables[0].read_text(encoding="utf-8"))
+        left, taken = read_operators(done.stdout)
+        accelerator = self._configuration + ("-partial" if left else "")
+        reason = (
+            f"{left} of {left + taken} operators stay on the processor, whose cycles are not counted" if left else ""
+        )
         return Measurement(
             target=self.name, model=file.path.name, model_sha256=file.sha256, precision=file.precision,
             runtime="ethos-u-vela", runtime_version=metadata.version("ethos-u-vela"), requested_accelerator="npu",
-            actual_accelerator=self._configuration, device=self.device(), threads=1, pinned_cores=(), warmup=0, runs=1,
-            restarts=1, quick=quick, cycles=cycles, counters=counters, timestamp=timestamp(),
-            layerfold_version=layerfold_version(),
+            actual_accelerator=accelerator, device=self.device(), threads=1, pinned_cores=(), warmup=0, runs=1,
+            restarts=1, quick=quick, cycles=cycles,
+            counters={**counters, "operators_left_on_cpu": left}, valid=not reason, invalid_reason=reason,
+            timestamp=timestamp(), layerfold_version=layerfold_version(),
         )  # fmt: skip
+
+
+def read_operators(text: str) -> tuple[int, int]:
+    """Reads from vela's report how many operators stay on the processor, and how many the NPU takes.
+
+    Raises:
+        ParseError: If the report does not say both, once.
+    """
+    counts = []
+    for kind in ("CPU", "NPU"):
+        found = re.findall(rf"^{kind} operators = (\d+) \(", text, flags=re.MULTILINE)
+        if len(found) != 1:
+            raise ParseError(
+                f"vela's report says {len(found)} times how many operators are on the {kind}, expected once"
+            )
+        counts.append(int(found[0]))
+    return counts[0], counts[1]
 
 
 def read_summary(text: str) -> tuple[float, dict[str, float]]:

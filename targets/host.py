@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from targets import options
 from targets.base import Device, Measurement, OnProgress, check_counts
 from targets.errors import OptionError
 from targets.gates import MAX_BUSY_FRACTION, busy_fractions, load_reason, read_host_gates, wait_until_idle
@@ -85,29 +86,29 @@ class HostTarget:
         runtime: Runtime,
         *,
         threads: int = 1,
-        cores: Sequence[int] | None = None,
+        cores: Sequence[int] | int | None = None,
         pin: bool = True,
         exact: bool = False,
         gate_wait_s: float = 20.0,
         max_busy: float = MAX_BUSY_FRACTION,
         timeout_s: float = 600.0,
     ) -> None:
-        if threads < 1:
-            raise OptionError(f"threads is {threads}, expected 1 or more")
+        options.whole("threads", threads)
         usable = _usable_cores()
-        if cores is not None and not set(cores) <= set(usable):
-            raise OptionError(f"cores {sorted(set(cores) - set(usable))} are not among the usable ones {usable}")
+        chosen = options.cores(cores)
+        if not set(chosen) <= set(usable):
+            raise OptionError(f"cores {sorted(set(chosen) - set(usable))} are not among the usable ones {usable}")
         self.name = f"host-{runtime}"
         self.runtime: Runtime = runtime
         self.formats: tuple[str, ...] = (_FORMATS[runtime],)
         self.runs_here = True
         self.threads = threads
-        self._cores = list(cores) if cores is not None else None
-        self._exact = exact
-        self._pin = pin and hasattr(os, "sched_setaffinity")
-        self._gate_wait_s = gate_wait_s
-        self._max_busy = max_busy
-        self._timeout_s = timeout_s
+        self._cores = list(chosen) or None
+        self._exact = options.flag("exact", exact)
+        self._pin = options.flag("pin", pin) and hasattr(os, "sched_setaffinity")
+        self._gate_wait_s = options.number("gate_wait_s", gate_wait_s)
+        self._max_busy = options.number("max_busy", max_busy)
+        self._timeout_s = options.number("timeout_s", timeout_s, above=0)
 
     def device(self) -> Device:
         """Describes this machine."""

@@ -26,7 +26,8 @@ class ModelFile:
         sha256: SHA-256 of its bytes, in hex.
         size_bytes: Its size.
         precision: What its convolutions and matrix products compute in: ``fp32``, ``fp16``, ``int8``, ``int16x8``,
-            ``int8-weights`` (8-bit weights, float activations), ``mixed``, or ``unknown`` where the reader is missing.
+            ``int8-weights`` (8-bit weights, float activations), ``dynamic`` (activations quantised at each inference),
+            ``fp64``, ``mixed``, or ``unknown`` where the reader is missing.
     """
 
     path: Path
@@ -86,7 +87,11 @@ def _verdict(pairs: Iterable[tuple[str, str]]) -> str:
     """Names the precision of a model from the (activation type, weight type) of each weighted op."""
     names = set()
     for activation, weight in pairs:
-        if activation.startswith("FLOAT") and weight in {"INT8", "UINT8", "INT4"}:
+        if activation == "DYNAMIC":
+            names.add("dynamic")
+        elif "DOUBLE" in (activation, weight):
+            names.add("fp64")
+        elif activation.startswith("FLOAT") and weight in {"INT8", "UINT8", "INT4"}:
             names.add("int8-weights")
         elif weight == "FLOAT16" or activation == "FLOAT16":
             names.add("fp16")
@@ -154,6 +159,11 @@ def _onnx_precision(path: Path) -> str:
     graph = model.graph
     if not graph.node:
         raise ModelFileError(f"{path} has no graph", hint="export the model again")
+    outside = [item.name for item in graph.initializer if item.data_location == onnx.TensorProto.EXTERNAL]
+    if outside:
+        # The file alone is what is hashed and sent to devices; half a model would be measured under a whole one's name.
+        hint = "save it as one file: onnx.save(onnx.load(PATH), NEW_PATH)"
+        raise ModelFileError(f"{path.name} keeps {len(outside)} tensors ({outside[0]}, …) in other files", hint=hint)
     constants: dict[str, str] = {
         item.name: onnx.TensorProto.DataType.Name(item.data_type) for item in graph.initializer
     }
@@ -174,7 +184,10 @@ def _onnx_precision(path: Path) -> str:
         for node in graph.node:
             if node.op_type in _WEIGHTED_ONNX_OPS:
                 yield kind(node.input[0]), kind(node.input[1])
-            elif node.op_type in {"QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger"}:
+            elif node.op_type in {"QLinearConv", "QLinearMatMul"}:
                 yield "INT8", "INT8"
+            elif node.op_type in {"ConvInteger", "MatMulInteger"}:
+                # Its input was quantised on the spot, with a scale that each inference finds anew.
+                yield "DYNAMIC", "INT8"
 
     return _verdict(pairs())

@@ -14,10 +14,13 @@ from targets.errors import ParseError
 __all__ = ["BenchmarkModelOutput", "PerfTestOutput", "benchmark_model", "perf_test"]
 
 _NUMBER = r"([0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,2})?)"
-# logcat's brief, time and threadtime forms, then the log level that newer builds print before each message.
+# logcat's brief, time and threadtime forms, with user names and microseconds where asked for, the bare tag of TFLite's
+# documentation ("... tflite  : "), then the log level that newer builds print before each message.
 _PREFIX = re.compile(
-    r"^(?:(?:\d{4}-)?\d{2}-\d{2} \d{2}:\d{2}:\d{2}\.\d{3}\s+(?:\d+\s+\d+\s+)?)?"
-    r"(?:[VDIWEF](?:/|\s+)[\w.-]+\s*(?:\(\s*\d+\))?\s*:\s)?(?:(?:VERBOSE|INFO|WARN|WARNING|ERROR):\s)?\s*"
+    r"^(?:\.\.\. )?(?:(?:\d{4}-)?\d{2}-\d{2} \d{2}:\d{2}:\d{2}\.\d{3}(?:\d{3})?\s+"
+    r"(?:(?:[\w.-]+\s+)?\d+\s+\d+\s+(?=[VDIWEF]\s))?)?"
+    r"(?:(?:[VDIWEF](?:/|\s+)[\w.-]+|tflite)\s*(?:\(\s*(?:[\w.-]+:\s*)?\d+\))?\s*:\s)?"
+    r"(?:(?:VERBOSE|INFO|WARN|WARNING|ERROR):\s)?\s*"
 )
 _SUMMARY = re.compile(
     rf"^Inference timings in us: Init: {_NUMBER}, First inference: {_NUMBER}, "
@@ -33,7 +36,7 @@ _FOOTPRINT = re.compile(
     rf"init={_NUMBER} overall={_NUMBER}$"
 )
 _APPLIED = re.compile(
-    r"^Explicitly applied (\w+) delegate, and the model graph will be (completely|partially) executed"
+    r"^(?:Explicitly applied|Applied) (\w+) delegate, and the model graph will be (completely|partially) executed"
 )
 _NOT_APPLIED = re.compile(r"^Though (\w+) delegate is explicitly applied, the model graph will not be executed")
 # A summary printed with six digits agrees with the exact statistics to about one part in 10^5.
@@ -88,10 +91,13 @@ def benchmark_model(text: str) -> BenchmarkModelOutput:
     accelerator = "cpu"
     for line in lines:
         if found := _SUMMARY.match(line):
-            init, first, warmup, average = (_positive(word, line) for word in found.groups())
+            # A load that took less than a microsecond is printed as 0; an inference cannot.
+            init = _number(found[1], line)
+            first, warmup, average = (_positive(word, line) for word in found.groups()[1:])
             summaries.add((first, init, warmup, average))
         elif found := _OLD_SUMMARY.match(line):
-            warmup, init, average = (_positive(word, line) for word in found.groups())
+            init = _number(found[2], line)
+            warmup, average = (_positive(found[index], line) for index in (1, 3))
             summaries.add((None, init, warmup, average))
         elif line.startswith("count="):
             statistics.append(_statistics(line))
@@ -133,7 +139,10 @@ def benchmark_model(text: str) -> BenchmarkModelOutput:
 
 
 def _messages(text: str) -> list[str]:
-    """Splits into lines without prefixes; a last line without an end is cut, and its figure may be too."""
+    """Splits into lines without prefixes; a last line without an end is dropped.
+
+    It may be whole, but nothing tells it from one that was cut inside its last figure, which then passes for another.
+    """
     complete, _, _ = text.rpartition("\n")
     return [_PREFIX.sub("", line.rstrip("\r ")).rstrip() for line in complete.split("\n")]
 
@@ -172,7 +181,13 @@ def _accelerator(line: str, known: str) -> str:
         return f"cpu ({found[1].lower()} took nothing)"
     if found := _APPLIED.match(line):
         name = found[1].lower()
-        name = "cpu-xnnpack" if name == "xnnpack" else name
+        if name == "xnnpack":
+            # It often takes what another delegate left: that other one is what was asked for, and what to tell of.
+            return (
+                known
+                if not known.startswith("cpu")
+                else "cpu-xnnpack" + ("" if found[2] == "completely" else "-partial")
+            )
         return name if found[2] == "completely" else f"{name}-partial"
     if line.startswith("Created TensorFlow Lite XNNPACK delegate for CPU") and known == "cpu":
         return "cpu-xnnpack"

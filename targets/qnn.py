@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from targets import options
 from targets.base import Device, Measurement, OnProgress, check_counts, layerfold_version, timestamp
 from targets.errors import OptionError, RuntimeMissingError
 from targets.model_file import inspect
@@ -18,13 +19,14 @@ __all__ = ["QnnTarget"]
 # Hexagon generations by the number that the compiler takes, and a phone chip of each.
 ARCHITECTURES = {"68": "Snapdragon 888", "69": "Snapdragon 8 Gen 1", "73": "Snapdragon 8 Gen 2",
                  "75": "Snapdragon 8 Gen 3", "79": "Snapdragon 8 Elite"}  # fmt: skip
+_DEFAULT = "75"
 
 
 class QnnTarget:
     """Compiles ONNX models for HTP.
 
     Args:
-        device: Hexagon generation, one of `ARCHITECTURES`.
+        device: Hexagon generation, one of `ARCHITECTURES`; 75 if `None`.
         threads: Taken for the sake of callers that give it to every target; an NPU has none.
         timeout_s: Limit for one model, in seconds.
 
@@ -32,14 +34,16 @@ class QnnTarget:
         OptionError: If the generation is unknown.
     """
 
-    def __init__(self, *, device: str = "75", threads: int = 1, timeout_s: float = 600.0) -> None:
-        if device not in ARCHITECTURES:
+    def __init__(self, *, device: str | None = None, threads: int = 1, timeout_s: float = 600.0) -> None:
+        arch = _DEFAULT if device is None else str(device)
+        options.whole("threads", threads)
+        if arch not in ARCHITECTURES:
             raise OptionError(f"{device!r} is no Hexagon generation", hint=f"use one of {', '.join(ARCHITECTURES)}")
-        self.name = "qnn-htp"
+        self.name = f"qnn-htp:{device}" if device else "qnn-htp"
         self.formats: tuple[str, ...] = ("onnx",)
         self.runs_here = True
-        self._arch = device
-        self._timeout_s = timeout_s
+        self._arch = arch
+        self._timeout_s = options.number("timeout_s", timeout_s, above=0)
 
     def device(self) -> Device:
         """Describes the NPU."""

@@ -14,7 +14,7 @@ from typing import Any
 from targets.base import Device, Target
 from targets.errors import OptionError, SetupError, UnknownTargetError
 
-__all__ = ["ENTRY_POINT_GROUP", "devices", "get", "names", "options"]
+__all__ = ["ENTRY_POINT_GROUP", "devices", "get", "names", "options", "takes"]
 
 ENTRY_POINT_GROUP = "layerfold.targets"
 _BUILT_IN: Mapping[str, str] = {
@@ -58,6 +58,17 @@ def get(name: str, **options: Any) -> Target:
         raise OptionError(f"target {base}: {error}", hint=f"it takes {_options(factory)}") from error
     target: Target = factory(**options)
     return target
+
+
+def takes(name: str, option: str) -> bool:
+    """Says whether a target takes an option; raises `UnknownTargetError` if no target has that name."""
+    factory = _factory(name.partition(":")[0])
+    parameters = inspect.signature(factory).parameters
+    if option in parameters:
+        return True
+    # A class that takes more than its signature says may list it; else it has to be asked by giving it.
+    further = getattr(factory, "further_options", None)
+    return any(item.kind is item.VAR_KEYWORD for item in parameters.values()) and (further is None or option in further)
 
 
 def devices() -> list[Device]:

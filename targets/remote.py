@@ -8,24 +8,21 @@ import os
 import re
 import shlex
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import platformdirs
-from filelock import FileLock, Timeout
-
 from targets.base import DeviceKind
-from targets.errors import DeviceBusyError, DeviceError, DeviceLostError, TargetError, TransferError
+from targets.errors import DeviceError, DeviceLostError, TargetError, TransferError
+from targets.locks import lock_folder
 from targets.model_file import sha256_of
 
 __all__ = [
     "Remote",
     "Reply",
     "Workspace",
-    "device_lock",
     "quoted",
     "sentinel_command",
     "split_at_sentinel",
@@ -85,10 +82,6 @@ class Remote(Protocol):
         """Returns the local command that runs `argv` there with standard input and output passed through."""
         ...
 
-    def env(self) -> Mapping[str, str] | None:
-        """Returns the environment that the local command needs, or `None` for the current one."""
-        ...
-
     def is_alive(self) -> bool:
         """Says whether the device still answers, within a few seconds."""
         ...
@@ -124,38 +117,14 @@ def split_at_sentinel(stdout: str, stderr: str, nonce: str, device: str) -> Repl
 def owner_tag(device: str) -> str:
     """Names this machine's user on a device, so that left-over folders are recognised and others' are left alone.
 
-    A device under another address has another tag, since the lock that guards the folders is by address too.
+    A device under another address has another tag, since the lock that guards the folders is by address too; and so
+    has a run that keeps its locks elsewhere, as it would not be kept from running at the same time.
     """
-    identity = f"{os.uname().nodename}/{os.getuid()}/{device}"
+    identity = f"{os.uname().nodename}/{os.getuid()}/{device}/{lock_folder()}"
     machine_id = Path("/etc/machine-id")
     if machine_id.exists():
         identity += machine_id.read_text(encoding="ascii", errors="replace")
     return f"{PREFIX}-{hashlib.sha256(identity.encode()).hexdigest()[:10]}"
-
-
-@contextmanager
-def device_lock(identity: str, *, wait_s: float = 0.0) -> Iterator[None]:
-    """Holds a device for this process, against every other process of this user.
-
-    Args:
-        identity: Serial or address.
-        wait_s: How long to wait for another run to end, in seconds.
-
-    Raises:
-        DeviceBusyError: If another process still holds the device then.
-    """
-    folder = platformdirs.user_state_path("layerfold") / "locks"
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.lock")
-    try:
-        lock.acquire(timeout=wait_s)
-    except Timeout as error:
-        hint = "wait for the other run to end, or raise lock_wait_s"
-        raise DeviceBusyError(f"another run holds {identity}", hint=hint) from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 class Workspace:
@@ -166,6 +135,7 @@ class Workspace:
         self.folder = folder
         self.push_timeout_s = push_timeout_s
         self.shell_timeout_s = shell_timeout_s
+        self.left_behind = ""
 
     def put(self, local: Path, name: str, *, executable: bool = False) -> str:
         """Sends a file under `name`, checks what arrived, and returns its path on the device.
@@ -216,6 +186,8 @@ class Workspace:
 def workspace(remote: Remote, *, push_timeout_s: float = 300.0, shell_timeout_s: float = 30.0) -> Iterator[Workspace]:
     """Makes a folder on the device and removes it in the end, whatever happens; call it with the device locked.
 
+    Where that fails after all went well, `Workspace.left_behind` says so.
+
     Folders that an earlier run of this user could not remove (the device was gone, or this machine) go first.
 
     Raises:
@@ -238,7 +210,11 @@ def workspace(remote: Remote, *, push_timeout_s: float = 300.0, shell_timeout_s:
             error.add_note(f"{space.folder} is left on {remote.id} until the next run there: {left.what}")
         raise
     else:
-        _remove(space)
+        try:
+            _remove(space)
+        except TargetError as left:
+            # The work is done and must not be lost over this; the caller says it, and the next run sweeps.
+            space.left_behind = f"{space.folder} is left on {remote.id} until the next run there: {left.what}"
 
 
 def _remove(space: Workspace) -> None:

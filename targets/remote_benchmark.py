@@ -6,11 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from targets import options
 from targets.base import Device, Measurement, OnProgress, check_counts
-from targets.errors import OptionError
+from targets.errors import DeviceError, OptionError, TimeoutExpiredError
 from targets.gates import MAX_BUSY_FRACTION, Gates, load_reason
+from targets.locks import device_lock
 from targets.model_file import inspect
-from targets.remote import Remote, device_lock, workspace
+from targets.remote import Remote, workspace
 from targets.remote_gates import QUERY, Facts, parse
 from targets.runners import ACCELERATORS, Runner, Workload
 
@@ -49,8 +51,13 @@ class RemoteSettings:
     lock_wait_s: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.threads < 1:
-            raise OptionError(f"threads is {self.threads}, expected 1 or more")
+        # Frozen: what is checked here is also what a lone core becomes a list by.
+        object.__setattr__(self, "cores", options.cores(self.cores))
+        options.whole("threads", self.threads)
+        for name in ("gate_wait_s", "max_busy", "min_battery_percent", "cooldown_s", "lock_wait_s"):
+            options.number(name, getattr(self, name))
+        for name in ("timeout_s", "push_timeout_s"):
+            options.number(name, getattr(self, name), above=0)
         if self.accelerator not in ACCELERATORS:
             raise OptionError(f"accelerator is {self.accelerator!r}, expected one of {', '.join(ACCELERATORS)}")
 
@@ -147,15 +154,25 @@ def benchmark(
         runner.prepare(space)
         facts, before = _wait_until_fit(remote, settings)
         found = runner.run(space, sent, work)
-        after = ask(remote).gates
+        try:
+            after, lost = ask(remote).gates, ""
+        except (DeviceError, TimeoutExpiredError) as error:
+            # The figures are there; only what the device was like afterwards is not.
+            after, lost = Gates(), f"the device did not say its state after the run: {error.what}"
     device = describe(remote, facts)
     group = uuid.uuid4().hex if len(files) > 1 else ""
     rows = []
     for file, row in zip(files, found, strict=True):
         reasons = [state_reason(before, settings)]
+        if lost:
+            reasons.append(lost)
+        elif busy := load_reason(after, max_busy=settings.max_busy):
+            reasons.append(f"after the run {busy}")
         if (after.thermal_status or 0) > (before.thermal_status or 0):
             reasons.append(f"the device began to throttle during the run (thermal status {after.thermal_status})")
-        if not row.actual_accelerator.startswith(settings.accelerator):
+        if row.actual_accelerator == "unknown":
+            reasons.append(f"asked for {settings.accelerator}, and {runner.runtime} does not say what ran the model")
+        elif not row.actual_accelerator.startswith(settings.accelerator):
             reasons.append(f"asked for {settings.accelerator}, but {row.actual_accelerator} ran the model")
         if device.kind == "adb-emulated":
             reasons = ["the device is emulated: neither its milliseconds nor their ratio say anything of a real one"]
@@ -170,6 +187,7 @@ def benchmark(
                 quick=quick, interleaved_with=group, init_ms=row.init_ms, peak_memory_mb=row.peak_memory_mb,
                 counters=row.counters, output_sha256=row.output_sha256, gates_before=before, gates_after=after,
                 valid=not reason, invalid_reason=reason,
+                note=space.left_behind,
             )
         )  # fmt: skip
     return rows

@@ -140,12 +140,12 @@ class PythonRunner:
         try:
             return run_worker(
                 remote.stream([self._python, self._worker]), request, timeout_s=work.timeout_s,
-                env=remote.env(), where=remote.id, on_done=on_done,
+                where=remote.id, on_done=on_done,
             )  # fmt: skip
         except WorkerError as error:
             if not remote.is_alive():
                 raise DeviceLostError(f"{remote.id} went away during the run: {error.what}") from error
-            if "not found" in error.what and self._python in error.what:
+            if "ended with status 127 " in error.what:
                 hint = "name the device's interpreter with the option python"
                 raise RuntimeMissingError(f"{remote.id} has no {self._python}", hint=hint) from error
             raise
@@ -166,6 +166,7 @@ class Tool:
         variable: Environment variable that names the file.
         command: Makes the command out of the program, the model and a folder on the device, and the workload.
         read: Adds the figures of one process's output to a row; raises `ParseError`.
+        says_accelerator: Whether its output tells what ran the model.
     """
 
     name: str
@@ -173,6 +174,7 @@ class Tool:
     variable: str
     command: Callable[[str, str, str, Workload], list[str]]
     read: Callable[[str, RunnerRow], None]
+    says_accelerator: bool = True
 
 
 class ToolRunner:
@@ -229,6 +231,8 @@ class ToolRunner:
                     raise WorkerError(f"{self._tool.name} on {space.remote.id} ended with status {reply.code}: {says}")
                 # The tools write to either stream, by version; a line end keeps the two apart.
                 self._tool.read(f"{reply.stdout}\n{reply.stderr}\n", rows[index])
+                if not self._tool.says_accelerator and work.accelerator != "cpu":
+                    rows[index].actual_accelerator = "unknown"
                 done += work.runs
                 work.on_done(done)
         return rows
@@ -274,4 +278,7 @@ def _read_perf_test(output: str, row: RunnerRow) -> None:
 BENCHMARK_MODEL = Tool(
     "benchmark_model", "tflite", "LAYERFOLD_BENCHMARK_MODEL", _benchmark_model_command, _read_benchmark_model
 )
-PERF_TEST = Tool("onnxruntime_perf_test", "onnx", "LAYERFOLD_ORT_PERF_TEST", _perf_test_command, _read_perf_test)
+PERF_TEST = Tool(
+    "onnxruntime_perf_test", "onnx", "LAYERFOLD_ORT_PERF_TEST", _perf_test_command, _read_perf_test,
+    says_accelerator=False,
+)  # fmt: skip

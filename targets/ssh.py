@@ -7,10 +7,11 @@ password or to accept an unknown host.
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from targets import options as options_
 from targets.base import Device, DeviceKind, Measurement, OnProgress
 from targets.errors import (
     DeviceError,
@@ -84,10 +85,6 @@ class SshRemote:
         """Returns the local command for `argv`; see `targets.remote.Remote.stream`."""
         return [_program("ssh"), "-T", *self._options, "--", self.id, f"exec {quoted(argv)}"]
 
-    def env(self) -> Mapping[str, str] | None:
-        """Needs nothing special."""
-        return None
-
     def is_alive(self) -> bool:
         """Says whether the board still answers a command."""
         try:
@@ -154,15 +151,19 @@ class SshTarget:
         options: Sequence[str] = (),
         **settings: Any,
     ) -> None:
-        self.name = "ssh"
+        self.name = f"ssh:{device}"
         self.formats: tuple[str, ...] = ("tflite", "onnx")
-        self._remote = SshRemote(device, storage=storage, options=options)
-        self._python = python
+        self._remote = SshRemote(
+            device, storage=options_.text("storage", storage), options=options_.texts("options", options)
+        )
+        self._python = options_.text("python", python)
         try:
-            self.settings = RemoteSettings(**{**settings, "cores": tuple(settings.get("cores") or ())})
+            self.settings = RemoteSettings(**settings)
         except TypeError as error:
             hint = f"it takes {', '.join(self.further_options)}"
             raise OptionError(f"target ssh: {error}", hint=hint) from error
+        if self.settings.accelerator != "cpu":
+            raise OptionError(f"accelerator is {self.settings.accelerator!r}, but Python on a board has only cpu")
 
     def device(self) -> Device:
         """Asks the board who it is."""

@@ -26,6 +26,8 @@ __all__ = ["Ratio", "ratio_interval"]
 RESAMPLES = 2000
 # Beyond this share of foreign time the wall clock says more about the neighbours than about the models.
 _MAX_FOREIGN_SHARE = 0.02
+# The least and the largest of n pairs hold the median between them in all but 2 of 2**n cases: under 5% from six on.
+_FEWEST_PAIRS = 6
 _Z = 1.959963984540054
 # Student's t at 97.5% for 1..30 degrees of freedom (any statistics table).
 _T = (
@@ -44,23 +46,30 @@ class Ratio:
         metric: What was compared: ``time`` (on the wall), ``processor time``, ``instructions`` or ``cycles``.
         paired: Whether runs were compared with their neighbours in time.
         processes: Number of processes that the interval rests on.
+        too_few: Whether one process with so few runs is all there is, so that nothing can be told from the interval;
+            a single pair has none, and `low` and `high` are `None`.
     """
 
     ratio: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     metric: Literal["time", "processor time", "instructions", "cycles"] = "time"
     paired: bool = True
     processes: int = 1
+    too_few: bool = False
 
     @property
     def difference_shown(self) -> bool:
-        """Whether the interval leaves out 1."""
+        """Whether there are runs enough for an interval, and it leaves out 1."""
+        if self.too_few or self.low is None or self.high is None:
+            return False
         return self.high < 1.0 or self.low > 1.0
 
     @property
     def verdict(self) -> str:
-        """One short phrase: how much less or more, or ``no difference shown``."""
+        """One short phrase: how much less or more, ``no difference shown``, or ``too few runs to tell``."""
+        if self.too_few:
+            return "too few runs to tell"
         if not self.difference_shown:
             return "no difference shown"
         less = "less" if self.metric.endswith("time") else "fewer"
@@ -78,7 +87,9 @@ class Ratio:
         caveat = ""
         if self.processes == 1:
             caveat = "; one process only, the spread between processes is not in the interval"
-        return f"{self.ratio:.3f} in {self.metric} (95% {self.low:.3f}–{self.high:.3f}): {self.verdict}{caveat}"
+        if self.low is None or self.high is None:
+            return f"{self.ratio:.3f} in {self.metric} (no interval): {self.verdict}"
+        return f"{self.ratio:.3f} in {self.metric} (95% {self.low:.3f} to {self.high:.3f}): {self.verdict}{caveat}"
 
 
 def ratio_interval(baseline: Measurement, other: Measurement, *, resamples: int = RESAMPLES, seed: int = 0) -> Ratio:
@@ -94,11 +105,19 @@ def ratio_interval(baseline: Measurement, other: Measurement, *, resamples: int 
         seed: Seed of the bootstrap; the same seed gives the same interval.
 
     Raises:
-        StatsError: If either row is a failure, or they share no figure.
+        StatsError: If either row is a failure, they share no figure, or they are not of the same target, device and
+            number of threads.
     """
     for row in (baseline, other):
         if row.failure:
             raise StatsError(f"{row.target} has no figure for {row.model}: {row.invalid_reason}")
+    for what, one, another in (
+        ("targets", baseline.target, other.target),
+        ("devices", baseline.device.id, other.device.id),
+        ("threads", baseline.threads, other.threads),
+    ):
+        if one != another:
+            raise StatsError(f"rows of different {what} are not compared: {one} and {another}")
     if baseline.samples_ms and other.samples_ms:
         return _time_ratio(baseline, other, resamples, np.random.default_rng(seed))
     if baseline.instructions is not None and other.instructions is not None:
@@ -129,22 +148,26 @@ def _time_ratio(baseline: Measurement, other: Measurement, resamples: int, gener
         blocks = [_quads(a, b) for a, b in zip(a_samples, b_samples, strict=True)]
         centre = float(np.mean([np.median(block) for block in blocks]))
         draws = _bootstrap(blocks, resamples, generator)
-        factor = _widening(len(blocks))
         processes = len(blocks)
+        fewest = min(map(len, blocks))
     else:
         logs = [[np.log(np.asarray(p)) for p in samples] for samples in (a_samples, b_samples)]
         centre = float(np.mean([np.median(p) for p in logs[1]]) - np.mean([np.median(p) for p in logs[0]]))
         draws = _bootstrap(logs[1], resamples, generator) - _bootstrap(logs[0], resamples, generator)
         processes = min(len(logs[0]), len(logs[1]))
-        factor = _widening(processes)
+        fewest = min(len(process) for those in logs for process in those)
+    # One process says nothing of the spread between processes (`Ratio.__str__` says so); its runs stand for themselves.
+    alone = processes == 1
+    factor = _widening(fewest if alone else processes)
     low, high = (float(value) for value in np.percentile(draws, [2.5, 97.5]))
     return Ratio(
         ratio=math.exp(centre),
-        low=math.exp(centre - factor * max(centre - low, 0.0)),
-        high=math.exp(centre + factor * max(high - centre, 0.0)),
+        low=math.exp(centre - factor * max(centre - low, 0.0)) if factor else None,
+        high=math.exp(centre + factor * max(high - centre, 0.0)) if factor else None,
         metric="processor time" if own else "time",
         paired=paired,
         processes=processes,
+        too_few=alone and fewest < _FEWEST_PAIRS,
     )
 
 
@@ -172,11 +195,10 @@ def _bootstrap(
     return np.asarray(medians.mean(axis=1), dtype=np.float64)
 
 
-def _widening(processes: int) -> float:
-    """Factor from a percentile interval to one that is honest for so few processes; 1 for one process."""
-    if processes < 2:
-        # The spread between processes cannot be estimated from one; `Ratio.__str__` says so.
-        return 1.0
-    freedom = processes - 1
+def _widening(values: int) -> float:
+    """Factor from a percentile interval to one that is honest for so few resampled values; 0 where one is all."""
+    if values < 2:
+        return 0.0
+    freedom = values - 1
     t = _T[freedom - 1] if freedom <= len(_T) else _Z
-    return math.sqrt(processes / freedom) * t / _Z
+    return math.sqrt(values / freedom) * t / _Z

@@ -6,6 +6,8 @@
     tools/adb_device.py start|kill|stop|cont SERIAL        acts on one device's adbd, to inject faults
     tools/adb_device.py down                               ends everything
 
+Exit code 77 where the machine cannot have such a device (tools, namespaces or packages missing), 1 where it failed.
+
 adbd is a root shell that asks nobody for a password and listens on every interface. It is therefore started only
 inside its own user, network, mount and process namespaces, and under a filter that leaves it no socket that a network
 namespace does not confine (it would listen on vsock too): nothing outside can reach it, and it sees this machine's
@@ -39,8 +41,15 @@ DEFAULT_STATE = Path(tempfile.gettempdir()) / f"layerfold-adb-device-{os.getuid(
 FIRST_PORT = 7001
 WAIT_S = 60.0
 ABSENT_EXIT_CODE = 77
+FAILED_EXIT_CODE = 1
+# Only a folder with this file in it is this tool's, to write into and to remove.
+MARK = "layerfold-adb-device"
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "cont": signal.SIGCONT}
 NOT_BOUND = {"proc", "sys", "dev", "tmp", "data", "run", "lost+found"}
+
+
+class AbsentError(SetupError):
+    """This machine cannot have an adb device at all: what it takes is missing or not permitted."""
 
 
 def register_qemu(qemu: Path) -> None:
@@ -53,13 +62,13 @@ def register_qemu(qemu: Path) -> None:
 
 
 def check_namespaces() -> None:
-    """Raises `SetupError` with the reason where this machine cannot give adbd a network of its own."""
+    """Raises `AbsentError` with the reason where this machine cannot give adbd a network of its own."""
     for tool in ("unshare", "nsenter", "ip", "adb"):
         if shutil.which(tool) is None:
-            raise SetupError(f"{tool} is not on this machine", hint="install util-linux, iproute2 and adb")
+            raise AbsentError(f"{tool} is not on this machine", hint="install util-linux, iproute2 and adb")
     done = subprocess.run([*unshare(), "true"], capture_output=True, text=True)
     if done.returncode != 0:
-        raise SetupError(f"namespaces are not permitted here: {done.stderr.strip()}", hint="allow user namespaces")
+        raise AbsentError(f"namespaces are not permitted here: {done.stderr.strip()}", hint="allow user namespaces")
 
 
 def unshare() -> list[str]:
@@ -174,19 +183,20 @@ def holder(state: Path) -> psutil.Process:
 def up(state: Path, *, count: int, disk_mb: int, arch: str) -> dict[str, object]:
     """Raises `count` devices and waits until adb sees them all."""
     check_namespaces()
-    if (state / "pid").exists():
+    if state.exists() and any(state.iterdir()):
         down(state)
     root, qemu, needed = "", "", []
     if arch == "arm64":
-        built, static = adbd_root.emulated(lambda share, what: print(f"root {share:.0%}: {what}", file=sys.stderr))
+        built, static = fetched_emulated()
         root, qemu = str(built), str(static)
         # The device's root is the root of its view, so adbd is found below /opt there.
         command = [word.replace(str(built), "") for word in adbd_root.command(built / "opt/adbd")]
     else:
-        fetched = adbd_root.host()
+        fetched = fetched_host()
         command = adbd_root.command(fetched)
         needed = [str(fetched), sys.prefix, sys.base_prefix, str(Path(__file__).resolve().parents[1])]
     state.mkdir(parents=True, mode=0o700, exist_ok=True)
+    (state / MARK).touch()
     serials = [f"localhost:{FIRST_PORT + index}" for index in range(count)]
     settings = {
         "serials": serials,
@@ -211,6 +221,22 @@ def up(state: Path, *, count: int, disk_mb: int, arch: str) -> dict[str, object]
         down(state)
         raise
     return {"adb_server_socket": f"localfilesystem:{state / 'adb.sock'}", "serials": serials, "state": str(state)}
+
+
+def fetched_host() -> Path:
+    """Fetches adbd for this machine; raises `AbsentError` where its packages cannot be had."""
+    try:
+        return adbd_root.host()
+    except SetupError as error:
+        raise AbsentError(error.what, hint=error.hint) from error
+
+
+def fetched_emulated() -> tuple[Path, Path]:
+    """Builds the emulated root; raises `AbsentError` where its packages cannot be had."""
+    try:
+        return adbd_root.emulated(lambda share, what: print(f"root {share:.0%}: {what}", file=sys.stderr))
+    except SetupError as error:
+        raise AbsentError(error.what, hint=error.hint) from error
 
 
 def wait_until_up(state: Path, process: subprocess.Popen[bytes], serials: Sequence[str]) -> None:
@@ -243,7 +269,15 @@ def connect(state: Path, serial: str, deadline: float) -> None:
 
 
 def down(state: Path) -> None:
-    """Ends the devices and removes the state folder."""
+    """Ends the devices and removes the state folder; one that this tool has not made is left as it is.
+
+    Raises:
+        SetupError: If the folder holds something else.
+    """
+    if not state.exists():
+        return
+    if not (state / MARK).is_file():
+        raise SetupError(f"{state} is not a folder of this tool: it has no {MARK}", hint="name an empty or a new one")
     try:
         process = holder(state)
     except SetupError:
@@ -301,7 +335,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             adbd_process(state, chosen.serial).send_signal(SIGNALS[chosen.verb])
     except TargetError as error:
         print(f"adb_device: {error}", file=sys.stderr)
-        return ABSENT_EXIT_CODE
+        return ABSENT_EXIT_CODE if isinstance(error, AbsentError) else FAILED_EXIT_CODE
     return 0
 
 

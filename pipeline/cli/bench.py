@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from targets.stats import Ratio
 
 FAILED = 1
-_QUICK_RUNS = 10
+# The fewest that make an interval: six pairs of two.
+_QUICK_RUNS = 12
 _EPILOG = """\b
 Examples:
   layerfold bench folded.tflite --baseline baseline.tflite
@@ -113,6 +114,7 @@ def _make(names: Sequence[str], paths: Sequence[Path], threads: int, options: Se
     """Makes the targets, and refuses wrong files and options before anything runs."""
     import targets
     from targets.errors import ModelFileError, OptionError
+    from targets.registry import takes
 
     for path in paths:
         if not path.is_file():
@@ -124,7 +126,8 @@ def _make(names: Sequence[str], paths: Sequence[Path], threads: int, options: Se
     made = {}
     for name in names:
         mine = {key: value for owner, key, value in given if owner in ("", name, name.partition(":")[0])}
-        made[name] = targets.get(name, **{"threads": threads, **mine})
+        common = {"threads": threads} if takes(name, "threads") else {}
+        made[name] = targets.get(name, **{**common, **mine})
         forms = getattr(made[name], "formats", ("tflite", "onnx"))
         for path in paths:
             if path.suffix.lower().removeprefix(".") not in forms:
@@ -235,7 +238,11 @@ def _spread(row: "Measurement") -> str:
 
 
 def _note(row: "Measurement") -> str:
-    return f"{row.failure}: {row.invalid_reason}" if row.failure else row.invalid_reason
+    return (
+        f"{row.failure}: {row.invalid_reason}"
+        if row.failure
+        else "; ".join(filter(None, (row.invalid_reason, row.note)))
+    )
 
 
 def _print_profiles(profiles: "Sequence[Profile]", *, compared: bool) -> None:

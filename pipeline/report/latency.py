@@ -37,7 +37,9 @@ def _cells(row: LatencyRow) -> tuple[str, ...]:
         interval = "counted"
         before, after = (f"{(count or 0) / 1e6:.3f} M" for count in (row.baseline_count, row.folded_count))
     else:
-        interval = f"{row.ratio_low:.3f} to {row.ratio_high:.3f}"
+        interval = "too few runs to tell"
+        if row.ratio_low is not None and row.ratio_high is not None:
+            interval = f"{row.ratio_low:.3f} to {row.ratio_high:.3f}"
         before, after = (f"{ms:.3f} ms" if ms is not None else "" for ms in (row.baseline_ms, row.folded_ms))
     if row.ratio_low is not None and row.ratio_high is not None and row.ratio_low <= 1 <= row.ratio_high:
         interval += " (no difference shown)"

@@ -12,6 +12,7 @@ from pipeline.stages import StageContext
 from targets.base import Measurement, Target
 from targets.bench import collect
 from targets.errors import StatsError
+from targets.registry import takes
 from targets.stats import ratio_interval
 
 _FORMATS = ("tflite", "onnx")
@@ -64,7 +65,10 @@ def make_targets(recipe: Any) -> dict[str, Target]:
     """Makes the targets of `bench.targets` with their options; raises `TargetError` for a wrong name or option."""
     section = recipe.bench
     return {
-        name: targets.get(name, **{"threads": section.threads, **section.options.get(name, {})})
+        name: targets.get(
+            name,
+            **({"threads": section.threads} if takes(name, "threads") else {}) | section.options.get(name, {}),
+        )
         for name in section.targets
     }
 
@@ -120,9 +124,11 @@ def _row(name: str, precision: str, baseline: Measurement, folded: Measurement) 
         "instructions": (baseline.instructions, folded.instructions),
         "cycles": (baseline.cycles, folded.cycles),
     }.get(ratio.metric, (None, None))
+    # What cannot be told gets no interval that would look as if it could.
+    low, high = (None, None) if ratio.too_few else (ratio.low, ratio.high)
     return LatencyRow(
         **facts | {
             "metric": ratio.metric, "baseline_count": counts[0], "folded_count": counts[1], "ratio": ratio.ratio,
-            "ratio_low": ratio.low, "ratio_high": ratio.high, "valid": not reasons, "note": "; ".join(reasons),
+            "ratio_low": low, "ratio_high": high, "valid": not reasons, "note": "; ".join(reasons),
         }
     )  # fmt: skip

@@ -55,3 +55,8 @@ def test_a_compile_check_has_no_cost_and_is_no_failure() -> None:
     assert lines[0][2:] == ("", "", "compiles?", "", "ran: htp") and not check.failed
     lost = row(ratio=None, baseline_ms=None, folded_ms=None, note="gone", valid=False)
     assert lost.failed and cells(lost)[0][0][-1] == "gone"
+
+
+def test_a_ratio_without_an_interval_says_why() -> None:
+    (only,), _ = cells(row(ratio_low=None, ratio_high=None))
+    assert only[-1] == "too few runs to tell"

@@ -29,7 +29,8 @@ from targets.errors import (
     TimeoutExpiredError,
     TransferError,
 )
-from targets.remote import device_lock, workspace
+from targets.locks import device_lock
+from targets.remote import workspace
 
 MakeModel = Callable[..., Path]
 TOOL = Path(__file__).parents[2] / "tools/adb_device.py"
@@ -64,7 +65,7 @@ def raised(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     report = json.loads(done.stdout)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ADB_SERVER_SOCKET", report["adb_server_socket"])
-        patch.setenv("XDG_STATE_HOME", str(state / "state"))
+        patch.setenv("LAYERFOLD_LOCK_FOLDER", str(state / "locks"))
         yield Lab(state, report["serials"])
     subprocess.run([*base, "down"], check=True, timeout=60)
     assert not state.exists()
@@ -196,10 +197,23 @@ def test_adbd_is_not_started_outside_namespaces(tmp_path: Path) -> None:
         done = subprocess.run(
             [sys.executable, str(TOOL), "--state", str(tmp_path), *verb], capture_output=True, text=True, timeout=60
         )
-        assert done.returncode == ABSENT_EXIT_CODE and "not started outside a network namespace" in done.stderr
+        assert done.returncode == 1 and "not started outside a network namespace" in done.stderr
     # The harmless program that stands for adbd here would have left its mark at once.
     time.sleep(0.5)
     assert not mark.exists()
+
+
+def test_the_tool_touches_no_folder_but_its_own(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    for verb in ("down", "up"):
+        done = subprocess.run(
+            [sys.executable, str(TOOL), "--state", str(tmp_path), verb], capture_output=True, text=True, timeout=120
+        )
+        if verb == "down" or done.returncode != ABSENT_EXIT_CODE:
+            assert done.returncode == 1 and "not a folder of this tool" in done.stderr
+        assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+    gone = tmp_path / "never"
+    subprocess.run([sys.executable, str(TOOL), "--state", str(gone), "down"], check=True, timeout=120)
 
 
 def test_a_missing_tool_or_interpreter_is_said_so(lab: Lab, make_model: MakeModel) -> None:
@@ -325,7 +339,7 @@ def test_a_file_that_arrives_changed_is_sent_again_once(lab: Lab, make_model: Ma
 
 def test_two_runs_never_share_a_device(lab: Lab, make_model: MakeModel) -> None:
     code = (
-        "import sys, time\nfrom targets.remote import device_lock\n"
+        "import sys, time\nfrom targets.locks import device_lock\n"
         f"with device_lock({lab.serials[0]!r}):\n print('held', flush=True)\n time.sleep(60)\n"
     )
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
@@ -395,7 +409,7 @@ def test_a_whole_emulated_arm_device_goes_the_same_way(
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("ADB_SERVER_SOCKET", json.loads(done.stdout)["adb_server_socket"])
-            patch.setenv("XDG_STATE_HOME", str(state / "state"))
+            patch.setenv("LAYERFOLD_LOCK_FOLDER", str(state / "locks"))
             files = [make_model("tflite", kind="int8"), make_model("tflite", kind="int8", channels=4)]
             target = AndroidTarget(runner="python", gate_wait_s=0, cooldown_s=0, timeout_s=300)
             rows = target.benchmark(files, warmup=0, runs=2, restarts=1)

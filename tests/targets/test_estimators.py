@@ -8,7 +8,7 @@ import pytest
 
 import targets
 from targets.errors import ModelFileError, OptionError, ParseError, StatsError
-from targets.ethos_u import read_summary
+from targets.ethos_u import read_operators, read_summary
 from targets.stats import ratio_interval
 
 MakeModel = Callable[..., Path]
@@ -27,10 +27,20 @@ def test_ethos_u_counts_the_macs_that_are_there_and_more_work_costs_more(make_mo
     assert by_hand <= small.counters["macs"] <= 2 * by_hand
     assert small.cycles is not None and large.cycles is not None and small.cycles < large.cycles
     assert small.median_ms is None and small.device.kind == "estimator"
+    assert small.valid and small.counters["operators_left_on_cpu"] == 0
     found = ratio_interval(small, large)
     assert found.metric == "cycles" and found.ratio > 1
+    assert small.actual_accelerator == "ethos-u55-256"
     (slow,) = targets.get("ethos-u:ethos-u55-32").benchmark(files[:1])
     assert slow.cycles is not None and slow.cycles > small.cycles, "a smaller NPU takes longer"
+
+
+def test_operators_that_the_npu_leaves_are_counted() -> None:
+    report = "x\nCPU operators = {} (25.0%)\n   CPU: Erf = y\nNPU operators = 3 (75.0%)\n"
+    assert read_operators(report.format(1)) == (1, 3)
+    for text in ("", report, report.format(1) * 2):
+        with pytest.raises(ParseError, match="expected once"):
+            read_operators(text)
 
 
 @needs_vela

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from targets.errors import ModelFileError
@@ -49,3 +50,42 @@ def test_a_file_that_is_no_model_is_refused_by_name(
     with pytest.raises(ModelFileError, match=says) as caught:
         inspect(path, expected=expected, runtime="x")
     assert name in str(caught.value)
+
+
+def one_node(path: Path, op: str, kind: str, weights_kind: str) -> Path:
+    """An ONNX file of one product of a 2x2 input with 2x2 weights."""
+    import onnx
+    from onnx import helper, numpy_helper
+
+    types = {"float64": onnx.TensorProto.DOUBLE, "float32": onnx.TensorProto.FLOAT, "uint8": onnx.TensorProto.UINT8}
+    made = types[kind] if kind != "uint8" else onnx.TensorProto.INT32
+    weights = numpy_helper.from_array(np.ones((2, 2), weights_kind), "w")
+    graph = helper.make_graph(
+        [helper.make_node(op, ["x", "w"], ["y"])], "g",
+        [helper.make_tensor_value_info("x", types[kind], [2, 2])], [helper.make_tensor_value_info("y", made, [2, 2])],
+        [weights],
+    )  # fmt: skip
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)]), str(path))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("op", "kind", "weights", "precision"),
+    [("MatMulInteger", "uint8", "int8", "dynamic"), ("MatMul", "float64", "float64", "fp64")],
+)
+def test_rarer_precisions_are_not_called_by_a_common_name(
+    tmp_path: Path, op: str, kind: str, weights: str, precision: str
+) -> None:
+    path = one_node(tmp_path / "m.onnx", op, kind, weights)
+    assert inspect(path, expected="onnx", runtime="x").precision == precision
+
+
+def test_a_model_that_is_not_all_in_its_file_is_refused(tmp_path: Path) -> None:
+    import onnx
+
+    path = one_node(tmp_path / "m.onnx", "MatMul", "float32", "float32")
+    onnx.save(
+        onnx.load(str(path)), str(tmp_path / "out.onnx"), save_as_external_data=True, size_threshold=0, location="w.bin"
+    )
+    with pytest.raises(ModelFileError, match=r"out.onnx keeps 1 tensors \(w"):
+        inspect(tmp_path / "out.onnx", expected="onnx", runtime="x")

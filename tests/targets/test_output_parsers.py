@@ -60,6 +60,57 @@ def test_partly_delegated() -> None:
     assert benchmark_model(text).accelerator == "gpu-partial"
 
 
+SUMMARY = "Inference timings in us: Init: 5685, First inference: 18535, Warmup (avg): 14462.3, Inference (avg): 14575.2"
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "... tflite  : ",
+        "tflite  : ",
+        "I tflite  : ",
+        "I/tflite  ( 4321): ",
+        "06-21 10:12:13.101  4321  4321 I tflite  : ",
+        "06-21 10:12:13.101 10123  4321  4321 I tflite  : ",
+        "06-21 10:12:13.101 u0_a12  4321  4321 I tflite  : ",
+        "06-21 10:12:13.101123  4321  4321 I tflite  : ",
+        "2024-06-21 10:12:13.101 I/tflite  ( 4321): ",
+    ],
+)
+def test_every_form_of_prefix_in_the_wild(prefix: str) -> None:
+    assert benchmark_model(f"{prefix}{SUMMARY}\n") == benchmark_model(f"{SUMMARY}\n")
+
+
+def test_the_line_of_tflites_own_documentation() -> None:
+    text = "... tflite  : Average inference timings in us: Warmup: 91471, Init: 4108, Inference: 80660.1\n"
+    found = benchmark_model(text)
+    assert (found.avg_ms, found.init_ms, found.warmup_avg_ms) == pytest.approx((80.6601, 4.108, 91.471))
+
+
+def test_a_load_of_no_time_and_an_inference_of_none_are_different_things() -> None:
+    assert benchmark_model(SUMMARY.replace("5685", "0") + "\n").init_ms == 0
+    with pytest.raises(ParseError, match="not a time"):
+        benchmark_model(SUMMARY.replace("18535", "0") + "\n")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "ran"),
+    [
+        ("Explicitly applied GPU", "Explicitly applied XNNPACK", "gpu-partial"),
+        ("Explicitly applied XNNPACK", "Explicitly applied GPU", "gpu-partial"),
+        ("Applied GPU", "Applied XNNPACK", "gpu-partial"),
+    ],
+)
+def test_what_xnnpack_takes_of_the_rest_hides_no_other_delegate(first: str, second: str, ran: str) -> None:
+    form = "INFO: {} delegate, and the model graph will be partially executed by the delegate w/ 2 delegate kernels.\n"
+    assert benchmark_model(form.format(first) + form.format(second) + SUMMARY + "\n").accelerator == ran
+
+
+def test_the_old_words_for_a_delegate() -> None:
+    line = "Applied GPU delegate, and the model graph will be completely executed w/ the delegate.\n"
+    assert benchmark_model(line + SUMMARY + "\n").accelerator == "gpu"
+
+
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [

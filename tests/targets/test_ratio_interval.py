@@ -1,7 +1,9 @@
 """The interval must hold its promise on data whose truth is known."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -99,8 +101,40 @@ def test_the_same_samples_show_no_difference() -> None:
 
 
 def test_one_process_alone_says_what_its_interval_leaves_out() -> None:
-    found = ratio_interval(row([[1.0, 1.1, 0.9, 1.0]]), row([[2.0, 2.2, 1.8, 2.0]]))
+    found = ratio_interval(row([[1.0, 1.1, 0.9, 1.0] * 3]), row([[2.0, 2.2, 1.8, 2.0] * 3]))
     assert found.difference_shown and "one process only" in str(found)
+
+
+@pytest.mark.parametrize("group", ["g", ""])
+@pytest.mark.parametrize("runs", [1, 2, 3, 5])
+def test_a_handful_of_runs_in_one_process_shows_nothing(runs: int, group: str) -> None:
+    a, b = [10.0, 10.1, 9.0, 9.9, 10.2][:runs], [10.04, 10.18, 9.3, 9.7, 10.0][:runs]
+    found = ratio_interval(row([a], group), row([b], group))
+    assert not found.difference_shown and found.too_few and "too few runs to tell" in str(found)
+    assert json.loads(json.dumps(found.as_dict(), allow_nan=False))["verdict"] == "too few runs to tell"
+    # A single pair has no spread to make an interval of.
+    assert (found.low is None) == (runs < 2 or (group == "g" and runs < 4))
+    # Several processes with a run each are the tools' way, and enough.
+    assert not ratio_interval(row([a[:1]] * 3, group), row([a[:1]] * 3, group)).too_few
+
+
+@pytest.mark.parametrize("runs", [12, 40])
+def test_the_interval_of_one_process_covers_the_truth_inside_it(runs: int) -> None:
+    generator = np.random.default_rng(5)
+    trials, covered = 200, 0
+    for _ in range(trials):
+        pair = simulate(generator, truth=1.0, between=0.0, within=0.02, processes=1, runs=runs)
+        covered += not ratio_interval(*pair, resamples=300).difference_shown
+    assert covered / trials >= 0.95 - 3 * (0.95 * 0.05 / trials) ** 0.5
+
+
+@pytest.mark.parametrize(
+    "change", [{"target": "u"}, {"device": Device("h2", "host")}, {"threads": 4}], ids=["target", "device", "threads"]
+)
+def test_rows_of_different_conditions_are_not_compared(change: dict[str, Any]) -> None:
+    one = row([[1.0] * 4] * 2, "")
+    with pytest.raises(StatsError, match="different"):
+        ratio_interval(one, replace(one, **change))
 
 
 def test_the_same_seed_gives_the_same_interval() -> None:

@@ -86,7 +86,7 @@ def board(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Board]:
     folder = tmp_path_factory.mktemp("ssh")
     made = Board(folder, sshd)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_STATE_HOME", str(folder / "state"))
+        patch.setenv("LAYERFOLD_LOCK_FOLDER", str(folder / "locks"))
         made.start()
         yield made
         made.stop()

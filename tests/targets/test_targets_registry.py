@@ -10,7 +10,7 @@ import pytest
 
 import targets
 from targets.errors import OptionError, SetupError, UnknownTargetError
-from targets.registry import ENTRY_POINT_GROUP
+from targets.registry import ENTRY_POINT_GROUP, takes
 
 SOURCES = sorted(Path(targets.__file__).parent.rglob("*.py"))
 
@@ -59,8 +59,14 @@ def test_another_package_adds_a_target(tmp_path: Path, monkeypatch: pytest.Monke
     board = targets.get("board:b7", threads=2)
     assert board.seen == ("b7", 2)  # type: ignore[attr-defined]
     assert type(targets.get("host-litert")).__name__ == "HostTarget", "a package must not shadow a built-in target"
+    assert takes("board:b7", "threads") and not takes("board", "cores")
     with pytest.raises(SetupError, match="broken of boards cannot be loaded"):
         targets.get("broken")
+
+
+def test_it_is_known_which_target_takes_threads() -> None:
+    for name in targets.names():
+        assert takes(name, "threads") and not takes(name, "thread")
 
 
 def test_listing_devices_names_this_machine() -> None:

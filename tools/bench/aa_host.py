@@ -55,8 +55,8 @@ def trial(target: Any, pair: list[Path], counts: dict[str, int]) -> dict[str, An
     found = ratio_interval(a, b)
     return {
         "ratio": round(found.ratio, 4),
-        "low": round(found.low, 4),
-        "high": round(found.high, 4),
+        "low": round(found.low, 4) if found.low else None,
+        "high": round(found.high, 4) if found.high else None,
         "metric": found.metric,
         "verdict": found.verdict,
         "a_median_ms": round(a.median_ms, 3),
