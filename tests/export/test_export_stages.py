@@ -1,5 +1,6 @@
 """The stages from two networks to verified, described files, run one by one on MNIST without any training before."""
 
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -200,6 +201,39 @@ def test_a_failed_file_is_a_red_row_and_stays(run: Run) -> None:
     assert "| `folded.int8.tflite` |" in card and "no accuracy is claimed" in card
     for name in ("baseline", "folded"):
         assert run.outputs["quantize"].file(f"models/{name}.int8.tflite").stat().st_size > 10_000
+
+
+def test_tensorflow_is_asked_too(run: Run) -> None:
+    if importlib.util.find_spec("tensorflow") is None:
+        pytest.skip("needs the extra 'tensorflow'")
+    opinions = run.stage("verify", "verify.tensorflow=true").metrics["opinions"]
+    assert {(row["model"], row["first"], row["second"]) for row in opinions} == {
+        (model, kind, "tensorflow") for model in ("baseline", "folded") for kind in ("tflite_fp32", "tflite_int8")
+    }
+    assert all(row["passed"] and row["agreement"] >= 0.95 for row in opinions)
+
+
+def test_executorch_files_go_through_every_stage(run: Run) -> None:
+    if importlib.util.find_spec("executorch") is None:
+        pytest.skip("needs the extra 'executorch'")
+    before = dict(run.outputs)
+    try:
+        for name in ("export", "quantize", "verify", "bench", "report"):
+            run.outputs[name] = run.stage(name, "export.formats=[executorch]")
+        done = run.outputs
+    finally:
+        run.outputs = before
+    assert any("no table of each unit's noise" in text for text in run.words.said)
+    report = load_report(done["report"].file("report.json"))
+    assert report.failures == [] and report.latency == [] and report.noise == []
+    for model in (report.baseline, report.folded):
+        assert set(model.accuracy) == {"torch", "executorch_fp32", "executorch_int8"} == {"torch", *model.files}
+    assert {(row.kind, row.passed) for row in report.verify} == {("executorch_fp32", True), ("executorch_int8", True)}
+    assert all(row.agreement > 0.8 for row in report.verify)
+    assert metadata.read(done["quantize"].file("models/folded.int8.pte"))["units_folded"] == [UNIT]
+    text = done["report"].file("report.md").read_text()
+    assert "What the ExecuTorch files hold" in text and "ExecuTorch int8" in text
+    assert "| `folded.int8.pte` |" in done["report"].file("models/MODEL_CARD.md").read_text()
 
 
 def test_the_gate_fails_the_stage_or_warns(run: Run, tmp_path: Path) -> None:
