@@ -94,6 +94,17 @@ def test_a_quantiser_without_images_leaves_no_file(form: str, files: Files, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_of_any_batch_size_is_not_quantised(files: Files, tmp_path: Path) -> None:
+    import onnx as library
+
+    model = library.load(files["onnx"])
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "batch"
+    library.save(model, tmp_path / "any.onnx")
+    with pytest.raises(ExportError, match=r"any\.onnx: its input 'image' has the shape \['batch', 3, 32, 32\]"):
+        quantize.onnx_int8(tmp_path / "any.onnx", tmp_path / "int8.onnx", [images(2)])
+    assert [item.name for item in tmp_path.iterdir()] == ["any.onnx"]
+
+
 def test_calibration_images_of_another_size_are_refused(files: Files, tmp_path: Path) -> None:
     for form, quantise in QUANTISERS.items():
         with pytest.raises(ExportError, match=r"was given \((3, 16, 16|16, 16, 3)\)"):
