@@ -23,7 +23,12 @@ Examples:
 @click.argument("what")
 @click.option("--units", is_flag=True, help="List the fold units of a .pt file or of a model by name.")
 @click.option("--weights", is_flag=True, help="List the weight range of every layer of an exported file.")
-@click.option("--json", "as_json", is_flag=True, help="Print the whole census of an exported file as JSON.")
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print all of an exported file's census, or of a .pt file's record, as JSON.",
+)
 def command(what: str, units: bool, weights: bool, as_json: bool) -> None:
     """Show what is inside WHAT: a .tflite, .onnx, .pte or .pt file, or a run folder; with --units also a model's name.
 
@@ -38,7 +43,7 @@ def command(what: str, units: bool, weights: bool, as_json: bool) -> None:
     elif path.suffix in (".tflite", ".onnx", ".pte"):
         _model_file(path, weights=weights, as_json=as_json)
     else:
-        _torch_file(path)
+        _torch_file(path, as_json=as_json)
 
 
 def _model_file(path: Path, *, weights: bool, as_json: bool) -> None:
@@ -81,13 +86,16 @@ def _shortened(content: dict[str, Any]) -> dict[str, Any]:
     return content | {"labels": [*labels[:_LABELS_SHOWN], f"… {len(labels) - _LABELS_SHOWN} more"]}
 
 
-def _torch_file(path: Path) -> None:
+def _torch_file(path: Path, *, as_json: bool) -> None:
     from pipeline.models import store
 
     stored = store.load(path)
     parameters = sum(parameter.numel() for parameter in stored.module.parameters())
+    if as_json:
+        click.echo(json.dumps({"parameters": parameters, **stored.meta}, indent=1))
+        return
     click.echo(f"{path}  {parameters:,} parameters")
-    click.echo(json.dumps(dict(stored.meta), indent=1))
+    click.echo(json.dumps(_shortened(dict(stored.meta)), indent=1, ensure_ascii=False))
 
 
 def _run_folder(folder: Path) -> None:
@@ -97,9 +105,16 @@ def _run_folder(folder: Path) -> None:
     manifest = folder / "manifest.json"
     if not manifest.is_file():
         raise ArtifactError(f"{folder} is no run folder: it has no manifest.json", hint="give a folder under runs/")
-    content = json.loads(manifest.read_text())
-    click.echo(f"{folder}: recipe {content['recipe']}, seed {content['seed']}")
-    for name, stage in content["stages"].items():
+    try:
+        content = json.loads(manifest.read_text())
+        title, stages = f"recipe {content['recipe']}, seed {content['seed']}", content["stages"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(
+            f"{manifest} is damaged, or not a run folder's: {type(error).__name__}: {error}",
+            hint="run the recipe again into another folder beside it: finished stages are taken over",
+        ) from error
+    click.echo(f"{folder}: {title}")
+    for name, stage in stages:
         path = folder / "stages" / stage
         if path.is_dir():
             output = artifacts.read(path)

@@ -3,6 +3,8 @@
 __all__ = ["Calibration", "collect", "open_images"]
 
 import hashlib
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,17 +14,22 @@ import numpy.typing as npt
 
 from pipeline.data import datasets, splits
 from pipeline.data.files import FileSource, Sample
-from pipeline.errors import DataError
+from pipeline.errors import DataError, nearest
 
 if TYPE_CHECKING:
     from pipeline.data.preprocessing import Preprocessing
     from pipeline.data.sources import ImageSource
 
 _FORBIDDEN = ("eval", "labelled", "select")
-_EVALUATION_FOLDERS = ("eval", "evaluation", "val", "valid", "validation", "test")
+_JUDGING = {"eval", "evaluation", "test", "testing", "testset", "val", "valid", "validation", "valset"}
+_TRAINING = {"train", "training", "trainset", "trainval"}
+# Words that say nothing beside "val": val_images, test-set, validation-data.
+_FILLING = {"data", "dataset", "folder", "image", "images", "img", "imgs", "photos", "pictures", "px", "set", "split"}
+# How ImageNet and COCO name the pictures of their evaluation sets, whatever the folder: ILSVRC2012_val_00000293.
+_JUDGING_FILE = re.compile(r"(?:^|_)(?:val|test)\d*_\d{6,}$")
 _SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
-# Fewer than this share of the images asked for is another calibration than the recipe's.
-_LEAST_SHARE = 0.9
+# More missing than this, and it is another calibration than the recipe's.
+_MISSING_COUNT, _MISSING_SHARE = 2, 0.1
 
 
 @dataclass(frozen=True)
@@ -69,8 +76,8 @@ def collect(source: "ImageSource", *, asked: int, seed: int, batch_size: int = 1
         batch_size: Images decoded at a time.
 
     Raises:
-        DataError: The split is one that verification or model selection uses, or fewer than nine tenths of the
-            images asked for (or of those the split has) can be read.
+        DataError: The split is one that verification or model selection uses, or too many of the images asked for (or
+            of those the split has) cannot be read: more than two and more than a tenth, or more than half.
     """
     split = source.name.rsplit("/", 1)[-1]
     if split in _FORBIDDEN:
@@ -90,7 +97,8 @@ def collect(source: "ImageSource", *, asked: int, seed: int, batch_size: int = 1
         if count >= wanted:
             break
     skipped = dict(getattr(source, "unreadable", {}))
-    if count < _LEAST_SHARE * wanted:
+    missing = wanted - count
+    if missing > max(_MISSING_COUNT, _MISSING_SHARE * wanted) or 2 * missing > wanted:
         named = ", ".join(list(skipped)[:3])
         raise DataError(
             f"{source.name}: only {count} of {wanted} calibration images can be read, {len(skipped)} are damaged: "
@@ -111,26 +119,68 @@ def open_images(where: str, preprocessing: "Preprocessing", *, limit: int, seed:
         seed: Chooses them.
 
     Raises:
-        DataError: It is a folder that is named as an evaluation set is, it holds no images, or the set is unknown.
+        DataError: It is a folder that is named as an evaluation set is, or holds one; it holds no images; or it is
+            neither a folder nor a set that is known.
     """
     folder = Path(where).expanduser()
     if folder.is_dir():
-        judging = {part.lower() for part in folder.resolve().parts[-2:]} & set(_EVALUATION_FOLDERS)
-        if judging:
-            raise DataError(
-                f"calibration on '{where}' is refused: '{judging.pop()}' names images that judge the result",
-                hint="give a folder of training images",
-            )
         files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
         if not files:
             raise DataError(
                 f"calibration folder {where} holds no images", hint=f"expected {', '.join(sorted(_SUFFIXES))}"
             )
+        _require_training(where, folder.resolve(), [path.relative_to(folder) for path in files])
         chosen = splits.subset(np.arange(len(files), dtype=np.int64), "calibration", limit, seed)
         samples = [Sample(files[index], -1) for index in chosen]
         return FileSource(f"{folder.name}/calibration", samples, preprocessing, num_classes=None, workers=0)
     name, _, split = where.partition("/")
-    if split and name not in datasets.NAMES:
-        raise DataError(f"no calibration folder {where}", hint="give a folder of images, or a data set's name")
+    if split and (name not in datasets.NAMES or split not in splits.SPLITS):
+        lacking = f"the data set '{name}' has no split '{split}'"
+        raise DataError(
+            f"there is no folder {where}" + (f", and {lacking}" if name in datasets.NAMES else ""),
+            hint=nearest(split, splits.SPLITS) or "give a folder of images, or a data set's name",
+        )
     found = datasets.resolve(name, None, None)
     return datasets.open_split(found, split or "calibration", preprocessing, limit=limit, seed=seed)
+
+
+def _require_training(where: str, folder: Path, files: Iterable[Path]) -> None:
+    """Refuses a folder that is an evaluation set, lies in one, or holds one.
+
+    What lies above the folder says nothing about it (a home called `test`), except a parent named as an evaluation set
+    with a training set beside it. Below a folder of training images, names are classes.
+    """
+    around = folder.parent
+    if _is_judging(around.name) and any(_words(path.name) & _TRAINING for path in around.parent.iterdir()):
+        _refuse(where, folder.parent.name, "give a folder of training images")
+    if _words(folder.name) & _TRAINING:
+        return
+    if _is_judging(folder.name):
+        _refuse(where, folder.name, "give a folder of training images")
+    for path in files:
+        for part in path.parent.parts:
+            if _words(part) & _TRAINING:
+                break
+            if _is_judging(part):
+                training = next((child for child in folder.iterdir() if _words(child.name) & _TRAINING), None)
+                hint = f"give {training}" if training is not None else "give a folder of training images alone"
+                _refuse(where, str(path.parent), hint)
+        else:
+            if _JUDGING_FILE.search(path.stem):
+                _refuse(where, path.name, "give a folder of training images")
+
+
+def _refuse(where: str, name: str, hint: str) -> None:
+    raise DataError(f"calibration on '{where}' is refused: '{name}' names images that judge the result", hint=hint)
+
+
+def _words(name: str) -> set[str]:
+    return set(re.findall("[a-z]+", name.lower()))
+
+
+def _is_judging(name: str) -> bool:
+    """Whether a folder's name is that of an evaluation set: `val2017`, `ILSVRC2012_img_val`, `test-images`."""
+    words = re.findall("[a-z]+", name.lower())
+    return bool(words) and (
+        words[-1] in _JUDGING or (words[0] in _JUDGING and all(word in _FILLING for word in words[1:]))
+    )

@@ -2,6 +2,7 @@
 
 __all__ = ["Census", "Port", "WeightRange"]
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -77,5 +78,8 @@ class Census:
         return sum(self.ops.get(name, 0) for name in ops)
 
     def as_dict(self) -> dict[str, Any]:
-        """The census as JSON-ready values."""
-        return asdict(self)
+        """The census as JSON-ready values; an infinite spread becomes None."""
+        weights = [
+            {key: None if value == math.inf else value for key, value in asdict(w).items()} for w in self.weights
+        ]
+        return {**asdict(self), "weights": weights}

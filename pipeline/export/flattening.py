@@ -42,7 +42,7 @@ def flatten_channels_last(network: fx.GraphModule, example: Tensor) -> tuple[fx.
             continue
         with result.graph.inserting_before(node):
             pixels_first = result.graph.call_function(aten.permute.default, (node.args[0], [0, 2, 3, 1]))
-            flat = result.graph.call_function(aten.reshape.default, (pixels_first, [shape[0], math.prod(shape[1:])]))
+            flat = result.graph.call_function(aten.reshape.default, (pixels_first, [-1, math.prod(shape[1:])]))
         node.replace_all_uses_with(flat)
         result.graph.erase_node(node)
         for layer in layers:

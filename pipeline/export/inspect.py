@@ -5,7 +5,7 @@ __all__ = ["MOBILE_OPERATORS", "Census", "Port", "WeightRange", "census", "gate"
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from pipeline.errors import ExportError
+from pipeline.errors import ExportError, LayerfoldError
 from pipeline.export.census_executorch import read_executorch
 from pipeline.export.census_onnx import read_onnx
 from pipeline.export.census_tflite import read_tflite
@@ -33,6 +33,7 @@ MOBILE_OPERATORS: Mapping[str, frozenset[str]] = {
         | {"dim_order_ops::_to_dim_order_copy.out"}
     ),
 }
+_READERS = {".tflite": read_tflite, ".onnx": read_onnx, ".pte": read_executorch}
 _TRANSPOSES = frozenset({"TRANSPOSE", "Transpose", "StaticTranspose"})
 
 
@@ -43,13 +44,17 @@ def census(path: Path | str) -> Census:
         ExportError: The file is missing, damaged or of another format.
     """
     file = Path(path)
-    if file.suffix == ".tflite":
-        return read_tflite(file)
-    if file.suffix == ".onnx":
-        return read_onnx(file)
-    if file.suffix == ".pte":
-        return read_executorch(file)
-    raise ExportError(f"cannot inspect '{file.suffix}' ({file.name})", hint="expected .tflite, .onnx or .pte")
+    reader = _READERS.get(file.suffix)
+    if reader is None:
+        raise ExportError(f"cannot inspect '{file.suffix}' ({file.name})", hint="expected .tflite, .onnx or .pte")
+    try:
+        return reader(file)
+    except LayerfoldError:
+        raise
+    except Exception as error:  # a flipped byte may break any rule of a format
+        raise ExportError(
+            f"{file.name} is damaged: {type(error).__name__}: {error}", hint="export it again, or copy it again"
+        ) from error
 
 
 def gate(

@@ -20,6 +20,7 @@ from pipeline.export.tracing import only_output, require_finite, trace
 aten = torch.ops.aten
 # An export is wrong, not merely rounded, beyond this difference relative to the largest logit.
 RELATIVE_TOLERANCE = 1e-4
+_RESHAPES = {aten.view.default, aten.reshape.default}
 
 
 def lower(model: nn.Module, example: Tensor) -> fx.GraphModule:
@@ -145,7 +146,11 @@ class _Lowering:
         source, *rest = _arguments(node, (None,) * 9)
         weight, bias, mean, variance = (self._maybe_tensor(item) for item in rest[:4])
         epsilon = rest[6]
-        assert mean is not None and variance is not None
+        if mean is None or variance is None:
+            raise ExportError(
+                f"BatchNorm '{self._wanted_name(node)}' keeps no running statistics: its output depends on the batch",
+                hint="train it with track_running_stats=True, or replace it",
+            )
         scale = (variance.double() + epsilon).rsqrt()
         if weight is not None:
             scale = scale * weight.double()
@@ -156,7 +161,8 @@ class _Lowering:
         if isinstance(layer, nn.Conv2d | nn.Linear) and len(source.users) == 1:
             _scale_outputs(layer, scale, shift)
             return self._made[source]
-        norm = nn.BatchNorm2d(mean.numel(), eps=epsilon)
+        flat = len(source.meta["val"].shape) < 4
+        norm = (nn.BatchNorm1d if flat else nn.BatchNorm2d)(mean.numel(), eps=epsilon)
         norm.load_state_dict(
             {
                 "weight": weight if weight is not None else torch.ones_like(mean),
@@ -193,6 +199,9 @@ class _Lowering:
         if _is_in_place(node):
             packet, _, overload = str(node.target).removeprefix("aten.").partition(".")
             copied.target = getattr(getattr(aten, packet.removesuffix("_")), overload)
+        if node.target in _RESHAPES and _keeps_batch(node):
+            # Calibration and training run batches of another size than the file's.
+            copied.args = (copied.args[0], [-1, *node.meta["val"].shape[1:]])
         return copied
 
     def _constant(self, node: fx.Node) -> fx.Node:
@@ -214,9 +223,14 @@ class _Lowering:
             self._root.add_module(leaf, layer)
         return self._graph.create_node("call_module", name, (source,))
 
-    def _free_name(self, node: fx.Node) -> str:
+    @staticmethod
+    def _wanted_name(node: fx.Node) -> str:
+        """The name that the user's model gave the layer."""
         stack = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
-        wanted = stack[-1] if stack and stack[-1] else str(node.name)
+        return stack[-1] if stack and stack[-1] else str(node.name)
+
+    def _free_name(self, node: fx.Node) -> str:
+        wanted = self._wanted_name(node)
         name, number = wanted, 1
         # A layer that runs twice is two layers here; a layer inside a layer's name gets a name of its own.
         while name in self._names or any(taken.startswith(f"{name}.") for taken in self._names):
@@ -246,6 +260,12 @@ def _is_in_place(node: fx.Node) -> bool:
     return name.startswith("aten.") and name.split(".")[1].endswith("_")
 
 
+def _keeps_batch(node: fx.Node) -> bool:
+    """Whether the first size of what is reshaped is still the first size afterwards."""
+    before, after = node.all_input_nodes[0].meta["val"].shape, node.meta["val"].shape
+    return len(before) > 0 and len(after) > 0 and before[0] == after[0]
+
+
 def _arguments(node: fx.Node, defaults: tuple[Any, ...]) -> list[Any]:
     return [*node.args, *defaults[len(node.args) :]]
 
@@ -267,6 +287,11 @@ def _require_equal(source: nn.Module, lowered: fx.GraphModule, example: Tensor) 
     probe = torch.randn(example.shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected, found = source(probe), lowered(probe)
+    if not isinstance(expected, Tensor):
+        raise ExportError(
+            f"the model returns a {type(expected).__name__}, expected a tensor of logits",
+            hint="wrap the model so that it returns the logits alone",
+        )
     error = float((expected - found).abs().max())
     scale = max(1.0, float(expected.abs().max()))
     if not error <= RELATIVE_TOLERANCE * scale:

@@ -1,14 +1,15 @@
 """Looks inside a file while it runs: the value of every intermediate tensor, by name."""
 
-__all__ = ["Observer", "Observation", "observe_onnx", "observe_tflite"]
+__all__ = ["Observer", "Observation", "observe_onnx", "observe_tflite", "regrouped"]
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.errors import ExportError
 from pipeline.export import flatbuffer
 from pipeline.export.extras import require
 from pipeline.export.input_format import is_channels_last
@@ -35,6 +36,26 @@ class Observer:
     watch: Callable[[npt.NDArray[np.float32]], Observation]
     batch: int
     ends: tuple[str, ...]
+
+
+def regrouped(images: Iterable[npt.NDArray[np.float32]], size: int) -> Iterator[tuple[npt.NDArray[np.float32], int]]:
+    """Regroups batches of any size into those that a file of a fixed batch size takes.
+
+    Args:
+        images: Batches [N, C, H, W] of any N.
+        size: The file's batch size.
+
+    Yields:
+        A batch of `size` images, and how many of them are real: the last image is repeated to fill the last batch.
+    """
+    held: list[npt.NDArray[np.float32]] = []
+    for batch in images:
+        held.extend(np.asarray(batch, dtype=np.float32))
+        while len(held) >= size:
+            yield np.stack(held[:size]), size
+            held = held[size:]
+    if held:
+        yield np.stack(held + [held[-1]] * (size - len(held))), len(held)
 
 
 def observe_tflite(path: Path | str, threads: int = 2) -> Observer:
@@ -105,6 +126,11 @@ def observe_onnx(path: Path | str, threads: int = 2) -> Observer:
         options.log_severity_level = 3
         session = runtime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         source = session.get_inputs()[0]
+        if not all(isinstance(size, int) for size in source.shape):
+            raise ExportError(
+                f"{file.name}: its input '{source.name}' has the shape {source.shape}, expected fixed sizes",
+                hint="export the model with static shapes",
+            )
         port = Port(tuple(source.shape), np.dtype(np.uint8 if source.type == "tensor(uint8)" else np.float32))
         channels_last = is_channels_last(file)
         encode = encoder(file, port, channels_last)

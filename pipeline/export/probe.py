@@ -1,6 +1,6 @@
 """Runs a freshly converted file once, so that a converter that swaps or drops something is found out on the spot."""
 
-__all__ = ["require_same"]
+__all__ = ["require_runs", "require_same"]
 
 from pathlib import Path
 
@@ -9,10 +9,32 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import ExportError
-from pipeline.export.input_format import PixelInput
+from pipeline.export import inspect
+from pipeline.export.input_format import PixelInput, is_channels_last
 from pipeline.export.runtimes import open_model
 
 RELATIVE_TOLERANCE = 1e-4
+
+
+def require_runs(path: Path, *, name: str) -> None:
+    """Runs one batch of black images through a quantised file, since a quantiser checks its own work by its form only.
+
+    Args:
+        path: The file, under whatever temporary name.
+        name: What to call the file in an error.
+
+    Raises:
+        ExportError: Its runtime cannot open it, or it answers with something that is not finite.
+    """
+    port = inspect.census(path).inputs[0]
+    sizes = [int(size) for size in port.shape]
+    if is_channels_last(path) or path.suffix == ".tflite":
+        sizes = [sizes[0], sizes[3], sizes[1], sizes[2]]
+    found = open_model(path).predict(np.zeros(sizes, dtype=np.float32))
+    if not np.isfinite(found).all():
+        raise ExportError(
+            f"{name} predicts NaN or infinity", hint="keep the layers that int8 breaks in float32, or use 'dynamic'"
+        )
 
 
 def require_same(path: Path, network: nn.Module, example: Tensor, *, name: str, pixels: PixelInput | None) -> float:

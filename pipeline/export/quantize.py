@@ -19,6 +19,7 @@ from pipeline.export.extras import require
 from pipeline.export.naming import layer_of
 from pipeline.export.observe import observe_onnx, observe_tflite
 from pipeline.export.onnx_files import load_onnx
+from pipeline.export.probe import require_runs
 from pipeline.export.quiet import quietly
 from pipeline.export.ranges import Range, activation_ranges
 from pipeline.export.tflite import ExportInfo
@@ -94,6 +95,7 @@ def tflite_int8(
         if pixels is not None and not float_io:
             _drop_cast_of_pixels(quantized)
         flatbuffer.write(quantized, temporary)
+        require_runs(temporary, name=target.name)
     notes = [f"{ranges} ranges", "per-channel weights" if per_channel else "per-tensor weights"]
     if widened:
         count = sum(widened.values())
@@ -113,7 +115,10 @@ def _cast_of_pixels(model: Any) -> str | None:
 
 
 def _drop_cast_of_pixels(model: Any) -> None:
-    """Feeds uint8 pixels to the QUANTIZE operator behind the CAST, which then only moves the zero point."""
+    """Feeds uint8 pixels to the QUANTIZE operator behind the CAST, which then only moves the zero point.
+
+    Where a layer that stays float reads the CAST as well, everything stays as it is.
+    """
     schema = require("ai_edge_litert.schema_py_generated", extra="tflite")
     graph = model.subgraphs[0]
     image = int(graph.inputs[0])
@@ -122,10 +127,12 @@ def _drop_cast_of_pixels(model: Any) -> None:
         for operator in graph.operators
         if flatbuffer.operator_name(model, operator) == "CAST" and operator.inputs[0] == image
     ]
-    for cast in casts:
-        for operator in graph.operators:
-            if operator.inputs[0] == cast.outputs[0]:
-                operator.inputs = [image, *list(operator.inputs)[1:]]
+    readers = [[item for item in graph.operators if cast.outputs[0] in list(item.inputs)] for cast in casts]
+    if any(flatbuffer.operator_name(model, reader) != "QUANTIZE" for group in readers for reader in group):
+        return
+    for cast, group in zip(casts, readers, strict=True):
+        for reader in group:
+            reader.inputs = [image, *list(reader.inputs)[1:]]
         graph.operators.remove(cast)
     parameters = schema.QuantizationParametersT()
     parameters.scale, parameters.zeroPoint = [1.0], [0]
@@ -197,6 +204,7 @@ def onnx_int8(
             calibration_cache_path=str(cache),
         )
         onnx.checker.check_model(str(temporary))
+        require_runs(temporary, name=target.name)
     notes = [f"{ranges} ranges", "per-channel weights" if per_channel else "per-tensor weights"]
     if list(float_layers):
         notes.append(f"float32: {', '.join(sorted(float_layers))}")

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import ExportError
-from pipeline.export.observe import Observer
+from pipeline.export.observe import Observer, regrouped
 
 RANGE_METHODS = ("minmax", "percentile", "mse")
 _BINS = 2048
@@ -77,15 +77,8 @@ def activation_ranges(
 
 
 def _files_batches(images: Iterable[npt.NDArray[np.float32]], size: int) -> Iterator[npt.NDArray[np.float32]]:
-    """Regroups batches into the file's own batch size, repeating the last image to fill the last one."""
-    held: list[npt.NDArray[np.float32]] = []
-    for batch in images:
-        held.extend(np.asarray(batch, dtype=np.float32))
-        while len(held) >= size:
-            yield np.stack(held[:size])
-            held = held[size:]
-    if held:
-        yield np.stack(held + [held[-1]] * (size - len(held)))
+    """Batches of the file's own size; a repeated image moves no extreme."""
+    return (batch for batch, _ in regrouped(images, size))
 
 
 def _extremes(observer: Observer, batches: Iterator[npt.NDArray[np.float32]]) -> dict[str, tuple[float, float]]:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from pipeline.errors import ExportError
 from pipeline.export.layers import unit_of
 from pipeline.export.naming import ACTIVATION_SUFFIX
-from pipeline.export.observe import Observer, observe_onnx, observe_tflite
+from pipeline.export.observe import Observer, observe_onnx, observe_tflite, regrouped
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def layer_noise(
     Args:
         float_path: The float `.tflite` or `.onnx` file.
         quantized_path: The file made from it.
-        images: Normalised images, batches [N, C, H, W].
+        images: Normalised images, batches [N, C, H, W] of any N.
 
     Raises:
         ExportError: The files differ in format, or share no tensor.
@@ -58,16 +58,17 @@ def layer_noise(
     signal: dict[str, npt.NDArray[np.float64]] = {}
     noise: dict[str, npt.NDArray[np.float64]] = {}
     channel_axis = -1 if reference.suffix == ".tflite" else 1
-    for image in (batch[i : i + 1] for batch in images for i in range(len(batch))):
-        wanted, seen = exact.watch(image), rounded.watch(image)
+    for batch, real in regrouped(images, exact.batch):
+        wanted, seen = exact.watch(batch), rounded.watch(batch)
         for name in wanted.keys() & seen.keys():
             label = name.removesuffix(ACTIVATION_SUFFIX)
             if f"{name}{ACTIVATION_SUFFIX}" in wanted or name == exact.ends[0]:
                 continue
             axes = tuple(axis for axis in range(wanted[name].ndim) if axis != channel_axis % wanted[name].ndim)
-            truth = wanted[name].astype(np.float64)
+            # A repeated image fills the last batch: it must not count twice.
+            truth, found_values = wanted[name][:real].astype(np.float64), seen[name][:real]
             signal[label] = signal.get(label, 0.0) + (truth**2).sum(axes)
-            noise[label] = noise.get(label, 0.0) + ((truth - seen[name]) ** 2).sum(axes)
+            noise[label] = noise.get(label, 0.0) + ((truth - found_values) ** 2).sum(axes)
     if not signal:
         raise ExportError(f"{reference.name} and {found.name} share no tensor", hint="quantise the float file itself")
     order = [name.removesuffix(ACTIVATION_SUFFIX) for name in wanted]

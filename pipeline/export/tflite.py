@@ -77,10 +77,10 @@ def export_fp32(model: nn.Module, example: Tensor, path: Path | str, *, pixels: 
     target = Path(path)
     started = time.perf_counter()
     image = example.detach().cpu().float()
-    lowered, _ = flatten_channels_last(lower(model, example), image)
-    network = lowered
+    lowered = lower(model, example)
+    network, _ = flatten_channels_last(lowered, image)
     if pixels is not None:
-        network, image = with_pixel_input(lowered, pixels), image.to(torch.uint8)
+        network, image = with_pixel_input(network, pixels), image.to(torch.uint8)
     doing = f"convert the model to TFLite ({target.name})"
     with quietly(doing):
         litert_torch = require("litert_torch", extra="tflite")

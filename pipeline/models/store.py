@@ -66,9 +66,17 @@ def load(path: Path) -> StoredModel:
         raise ModelError(
             f"{path} is no readable model file: {error}", hint="make it anew; it may be cut short"
         ) from error
+    except (ImportError, AttributeError) as error:
+        raise ModelError(
+            f"{path} holds a module whose code is not to be found here: {error}",
+            hint="install what defines it, or make the file anew with this version of the libraries",
+        ) from error
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
         raise ModelError(
             f"{path} is a PyTorch file, but not a layerfold model",
             hint="load state dicts through a recipe's model.weights instead",
         )
-    return StoredModel(payload["module"].eval(), payload["meta"])
+    module, meta = payload.get("module"), payload.get("meta")
+    if not isinstance(module, nn.Module) or not isinstance(meta, dict):
+        raise ModelError(f"{path} holds no module with its description", hint="make it anew with `layerfold run`")
+    return StoredModel(module.eval(), meta)

@@ -2,6 +2,7 @@
 
 __all__ = ["MODELS", "Prepared", "census_record", "file_metadata", "judge", "pixel_input", "prepared", "run"]
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -50,7 +51,9 @@ def run(context: StageContext) -> dict[str, Any]:
     precisions = ("fp32", *section.precisions)
     total = len(MODELS) * len(section.formats) * len(precisions)
     models = context.work / "models"
-    models.mkdir(exist_ok=True)
+    # What a killed run left half written must not be published with the rest.
+    shutil.rmtree(models, ignore_errors=True)
+    models.mkdir()
     infos: dict[str, Any] = {}
     checked: list[Checked] = []
     enlarged: dict[str, list[str]] = {}

@@ -3,6 +3,7 @@
 __all__ = ["run"]
 
 import itertools
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,9 @@ def run(context: StageContext) -> dict[str, Any]:
     options = options_of(recipe)
     taken = _calibration(context)
     record = {"quantised": options.as_dict(), "calibration": taken.as_dict()}
-    (context.work / "models").mkdir(exist_ok=True)
+    # What a killed run left half written must not be published with the rest.
+    shutil.rmtree(context.work / "models", ignore_errors=True)
+    (context.work / "models").mkdir()
     total = len(MODELS) * len(recipe.export.formats)
     checked: list[Checked] = []
     infos: dict[str, Any] = {}

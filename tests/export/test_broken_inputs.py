@@ -1,9 +1,11 @@
 """Damaged files, networks that cannot be exported, libraries that are not there: one clear error and no file."""
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import images, tiny_net
@@ -94,6 +96,17 @@ def test_a_quantiser_without_images_leaves_no_file(form: str, files: Files, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_of_any_batch_size_is_not_quantised(files: Files, tmp_path: Path) -> None:
+    import onnx as library
+
+    model = library.load(files["onnx"])
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "batch"
+    library.save(model, tmp_path / "any.onnx")
+    with pytest.raises(ExportError, match=r"any\.onnx: its input 'image' has the shape \['batch', 3, 32, 32\]"):
+        quantize.onnx_int8(tmp_path / "any.onnx", tmp_path / "int8.onnx", [images(2)])
+    assert [item.name for item in tmp_path.iterdir()] == ["any.onnx"]
+
+
 def test_calibration_images_of_another_size_are_refused(files: Files, tmp_path: Path) -> None:
     for form, quantise in QUANTISERS.items():
         with pytest.raises(ExportError, match=r"was given \((3, 16, 16|16, 16, 3)\)"):
@@ -154,3 +167,31 @@ def test_replacing_is_all_or_nothing(tmp_path: Path) -> None:
         pass
     assert path.read_text() == "one"
     assert [item.name for item in path.parent.iterdir()] == ["file.txt"]
+
+
+@pytest.mark.parametrize("form", ["tflite", "onnx"])
+def test_flipped_bytes_are_read_or_refused_clearly(form: str, files: Files, tmp_path: Path) -> None:
+    content, chance, path = files[form].read_bytes(), np.random.default_rng(0), tmp_path / f"flipped.{form}"
+    refused = 0
+    for _ in range(40):
+        flipped = bytearray(content)
+        # The graph lies at the end of one format and at the start of the other; the weights hold no rules to break.
+        for place in chance.integers(0, min(2000, len(content)), 3):
+            flipped[-1 - place if form == "tflite" else place] = chance.integers(0, 256)
+        path.write_bytes(flipped)
+        try:
+            inspect.census(path)
+        except ExportError as error:
+            assert path.name in error.what
+            refused += 1
+    assert refused > 0
+
+
+def test_a_census_with_a_dead_median_channel_is_still_json(files: Files) -> None:
+    from dataclasses import replace
+
+    found = inspect.census(files["onnx"])
+    weight = inspect.WeightRange.of("x", np.array([[0.0], [0.0], [1.0]], dtype=np.float32), 0)
+    record = replace(found, weights=(weight,)).as_dict()
+    assert record["weights"][0]["spread"] is None and record["weights"][0]["largest"] == 1.0
+    json.dumps(record, allow_nan=False)

@@ -259,3 +259,19 @@ def test_a_misspelt_float_unit_is_found_before_training() -> None:
     recipe = recipe_files.load("quickstart", overrides=[*BASE, "quantize.float_units=[blocks.2.1,blocks.2.l]"])
     with pytest.raises(UnitError, match=r"has no layer or unit 'blocks\.2\.l'; did you mean 'blocks\.2\.\d'"):
         preflight.check(recipe, load_weights=False)
+
+
+def test_what_a_killed_run_left_is_not_published(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stages empty their folder before they do anything, so an early failure shows it."""
+    for name in ("export", "quantize"):
+        work = tmp_path / name
+        (work / "models").mkdir(parents=True)
+        (work / "models" / ".folded.deadbeef.partial.tflite").write_bytes(b"half")
+
+        def stop(*_arguments: object, **_named: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(f"pipeline.stages.{name}.prepared", stop)
+        with pytest.raises(KeyboardInterrupt):
+            load_stage(name)(run.context(name, run.recipe(), work))
+        assert list((work / "models").iterdir()) == []

@@ -7,6 +7,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from pipeline.errors import ExportError
+from pipeline.export.int8 import Int8Options, operate
 from pipeline.export.lowering import lower
 
 EXAMPLE = torch.from_numpy(images(1))
@@ -146,3 +147,69 @@ def test_two_outputs_are_refused() -> None:
 def test_an_example_without_batch_dimension_is_refused(network: TinyNet) -> None:
     with pytest.raises(ExportError, match=r"shape \(3, 32, 32\), expected \[N, C, H, W\]"):
         lower(network, EXAMPLE[0])
+
+
+class _Reshaped(nn.Module):
+    """The ways in which people flatten before the classifier."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.conv, self.classifier, self.how = nn.Conv2d(3, 8, 3, 4, 1), nn.Linear(8 * 4, 10), how
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = functional.avg_pool2d(functional.relu(self.conv(image)), 4)
+        if self.how == "view":
+            return self.classifier(x.view(x.size(0), -1))
+        return self.classifier(x.reshape(x.shape[0], 8, -1).transpose(1, 2).reshape(x.shape[0], -1))
+
+
+@pytest.mark.parametrize("how", ["view", "reshape"])
+@pytest.mark.parametrize("traced_batch", [1, 3])
+def test_a_network_that_reshapes_runs_batches_of_any_size(how: str, traced_batch: int) -> None:
+    torch.manual_seed(0)
+    model = _Reshaped(how).eval()
+    batch = torch.from_numpy(images(7, seed=5))
+    lowered = lower(model, torch.zeros(traced_batch, 3, 32, 32))
+    assert torch.allclose(lowered(batch), model(batch), atol=1e-5)
+    operated = operate(lowered, [batch.numpy()], Int8Options(equalise=True)).network
+    assert operated(batch).shape == (7, 10)
+
+
+class _LateNorm(nn.Module):
+    """A BatchNorm1d that no layer can take in, since a ReLU lies between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(3, 6), nn.BatchNorm1d(6), nn.Linear(6, 4)
+        nn.init.uniform_(self.norm.running_mean)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.last(self.norm(torch.relu(self.first(image.mean((2, 3))))))
+
+
+def test_a_batch_norm_of_vectors_behind_an_activation_stays_one() -> None:
+    model, batch = _LateNorm().eval(), torch.from_numpy(images(4))
+    lowered = lower(model, EXAMPLE)
+    assert torch.allclose(lowered(batch), model(batch), atol=1e-5)
+
+
+class _Dictionary(nn.Module):
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        return {"logits": image.mean((2, 3))}
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)), "BatchNorm '1' keeps no"),
+        (_Dictionary(), "returns a dict"),
+    ],
+)
+def test_what_cannot_be_lowered_is_named(model: nn.Module, words: str) -> None:
+    with pytest.raises(ExportError, match=words):
+        lower(model, EXAMPLE)
+
+
+def test_surgery_without_images_is_refused(network: TinyNet) -> None:
+    with pytest.raises(ExportError, match="no calibration images"):
+        operate(lower(network, EXAMPLE), [], Int8Options())

@@ -137,3 +137,19 @@ def test_a_nonsense_normalisation_is_refused() -> None:
         PixelInput.of((0.5, 0.5), (0.5, 0.5, 0.5))
     with pytest.raises(ExportError, match="do not describe a normalisation"):
         PixelInput.of((0.5,), (0.0,))
+
+
+def test_a_first_layer_that_stays_float_keeps_its_cast(tmp_path: Path) -> None:
+    """Fed with the bytes themselves it could not run: a file may be well formed and useless."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2), nn.ReLU6(), nn.Conv2d(8, 5, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    ).eval()
+    batch = normalised(pixels(8), IMAGENET)
+    tflite.export_fp32(model, EXAMPLE, tmp_path / "float.tflite", pixels=IMAGENET)
+    path = tmp_path / "part.int8.tflite"
+    quantize.tflite_int8(tmp_path / "float.tflite", path, [batch], float_layers=["0"])
+    with torch.no_grad():
+        expected = model(torch.from_numpy(batch)).numpy()
+    assert inspect.census(path).ops["CAST"] == 1
+    assert np.abs(runtimes.open_model(path).predict(batch) - expected).max() < 0.05 * np.abs(expected).max()

@@ -19,6 +19,7 @@ def pictures(values: np.ndarray) -> list[np.ndarray]:
     return [values.astype(np.float32).reshape(-1, 1, 1, values.shape[-1])]
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-50, 50, width=32), min_size=4, max_size=40), st.integers(1, 7))
 def test_minmax_is_the_extremes_and_zero_whatever_the_batch(values: list[float], batch: int) -> None:
     array = np.array(values, dtype=np.float32).reshape(-1, 1)

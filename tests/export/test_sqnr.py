@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_models import images
+import torch
+from tiny_models import TinyNet, images
 
 from pipeline.errors import ExportError
-from pipeline.export import sqnr
+from pipeline.export import onnx, quantize, sqnr, tflite
 from pipeline.export.observe import observe_tflite
 
 Files = dict[str, Path]
@@ -24,6 +25,26 @@ def test_the_ratio_is_signal_over_noise_in_decibels(files: Files) -> None:
     assert table["blocks.folded"].sqnr_db == pytest.approx(expected, abs=1e-6)
     channels = 10 * np.log10((truth**2).sum((0, 1, 2)) / ((truth - found) ** 2).sum((0, 1, 2)))
     assert table["blocks.folded"].worst_channel_db == pytest.approx(channels.min(), abs=1e-6)
+
+
+@pytest.mark.parametrize("form", ["tflite", "onnx"])
+def test_a_file_of_three_images_has_the_noise_of_a_file_of_one(
+    files: Files, form: str, network: TinyNet, tmp_path: Path
+) -> None:
+    """Seven images fill two batches and a third of the last: those that pad it must not count."""
+    exporter, quantise = {
+        "tflite": (tflite.export_fp32, quantize.tflite_int8),
+        "onnx": (onnx.export_fp32, quantize.onnx_int8),
+    }[form]
+    whole, small = tmp_path / f"three.{form}", tmp_path / f"three.int8.{form}"
+    exporter(network, torch.zeros(3, 3, 32, 32), whole)
+    quantise(whole, small, [images(64, seed=1)])
+    seven = [images(5, seed=2), images(2, seed=3)]
+    single = {row.name: row.sqnr_db for row in sqnr.layer_noise(files[form], files[f"{form}_int8"], seven)}
+    found = {row.name: row.sqnr_db for row in sqnr.layer_noise(whole, small, seven)}
+    assert found.keys() == single.keys()
+    for name, ratio in found.items():
+        assert ratio == pytest.approx(single[name], abs=0.05), name
 
 
 def test_both_runtimes_tell_the_same_story(files: Files) -> None:

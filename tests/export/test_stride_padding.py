@@ -16,6 +16,7 @@ from pipeline.export.stride_padding import expected_pads, same_padding, without_
 EXAMPLE = torch.from_numpy(images(1))
 
 
+@settings(deadline=None)
 @given(st.integers(1, 300), st.integers(1, 9), st.integers(1, 4))
 def test_same_padding_is_the_least_that_gives_every_output(size: int, kernel: int, stride: int) -> None:
     outputs = -(-size // stride)
