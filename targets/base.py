@@ -6,7 +6,7 @@ This module imports nothing heavy, so that listing targets costs nothing.
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, Self
 
 from targets.errors import OptionError, TargetError
-from targets.gates import Gates
+from targets.gates import MAX_FOREIGN_SHARE, Gates
 
 __all__ = [
     "Device",
@@ -202,6 +202,14 @@ class Measurement:
             return None
         return max(0.0, 1 - sum(map(sum, self.cpu_samples_ms)) / wall_ms)
 
+    def marked_if_disturbed(self) -> Self:
+        """Returns the row, marked as invalid if others had the core for a part of the runs, after any gate."""
+        share = self.foreign_share
+        if share is None or share <= MAX_FOREIGN_SHARE:
+            return self
+        reason = f"others had the core for {share:.0%} of the runs: trust the ratio, not the milliseconds"
+        return replace(self, valid=False, invalid_reason="; ".join(filter(None, (self.invalid_reason, reason))))
+
     def as_dict(self) -> dict[str, Any]:
         """Returns plain values fit for JSON."""
         return asdict(self)
@@ -220,7 +228,8 @@ class Measurement:
         try:
             values["device"] = Device(**values["device"])
             for name in ("gates_before", "gates_after"):
-                values[name] = Gates(**values.get(name, {}))
+                # Rows of earlier versions have a field more here, which was always empty.
+                values[name] = Gates(**{key: item for key, item in values.get(name, {}).items() if key != "notes"})
             values["pinned_cores"] = tuple(values["pinned_cores"])
             for name in ("samples_ms", "cpu_samples_ms"):
                 values[name] = tuple(tuple(process) for process in values.get(name, ()))

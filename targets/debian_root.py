@@ -55,7 +55,7 @@ def fetch(
     """
     for tool in ("apt-get", "dpkg-deb"):
         if shutil.which(tool) is None:
-            raise SetupError(f"{tool} is not on this machine", hint="run this on Debian or one of its children")
+            raise SetupError(f"{tool} is not on this machine", hint="run this on a Debian machine")
     for name in ("state/lists/partial", "cache/archives/partial", "etc/preferences.d", "etc/trusted.gpg.d"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     (folder / "state/status").touch()
@@ -103,7 +103,10 @@ def _archive() -> str:
         label, _, uri = rest.partition("|")
         if origin == label == "Debian":
             return uri
-    raise SetupError("apt on this machine knows no Debian archive", hint="run `apt-get update` on a Debian machine")
+    raise SetupError(
+        "apt on this machine knows no Debian archive",
+        hint="run it on Debian itself, after `apt-get update`: its children, such as Ubuntu, have other archives",
+    )
 
 
 def _config(folder: Path, arch: str) -> str:

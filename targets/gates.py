@@ -5,13 +5,15 @@ A gate never hides a figure. It waits for a bounded time, and then the row says 
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 __all__ = ["Gates", "busy_between", "busy_fractions", "load_reason", "read_host_gates", "wait_until_idle"]
 
 # A neighbour that takes a tenth of a core moves a median by about as much as a folded block does.
 MAX_BUSY_FRACTION = 0.10
+# Beyond this share of foreign time the wall clock says more about the neighbours than about the models.
+MAX_FOREIGN_SHARE = 0.02
 SAMPLE_S = 0.5
 
 
@@ -29,7 +31,6 @@ class Gates:
         charging: Whether external power is attached.
         screen_on: Whether the display is on.
         waited_s: Seconds waited for the device to become fit.
-        notes: Anything else that the device said about its state.
     """
 
     load1: float | None = None
@@ -41,7 +42,6 @@ class Gates:
     charging: bool | None = None
     screen_on: bool | None = None
     waited_s: float = 0.0
-    notes: Mapping[str, str] = field(default_factory=dict)
 
 
 def _cpu_ticks(stat: str) -> dict[int, tuple[int, int]]:

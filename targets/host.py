@@ -168,6 +168,8 @@ class HostTarget:
         rows = []
         for index, file in enumerate(files):
             reason = load_reason(gates_before, max_busy=self._max_busy)
+            if not reason and (late := load_reason(gates_after, max_busy=self._max_busy)):
+                reason = f"after the runs {late}"
             if index in unstable:
                 reason = "the same input gave different output bytes in different processes"
             rows.append(
@@ -197,7 +199,7 @@ class HostTarget:
                     gates_after=gates_after,
                     valid=not reason,
                     invalid_reason=reason,
-                )
+                ).marked_if_disturbed()
             )
         return rows
 

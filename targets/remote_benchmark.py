@@ -188,6 +188,6 @@ def benchmark(
                 counters=row.counters, output_sha256=row.output_sha256, gates_before=before, gates_after=after,
                 valid=not reason, invalid_reason=reason,
                 note=space.left_behind,
-            )
+            ).marked_if_disturbed()
         )  # fmt: skip
     return rows

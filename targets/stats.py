@@ -20,12 +20,11 @@ from numpy.typing import NDArray
 
 from targets.base import Measurement
 from targets.errors import StatsError
+from targets.gates import MAX_FOREIGN_SHARE
 
 __all__ = ["Ratio", "ratio_interval"]
 
 RESAMPLES = 2000
-# Beyond this share of foreign time the wall clock says more about the neighbours than about the models.
-_MAX_FOREIGN_SHARE = 0.02
 # The least and the largest of n pairs hold the median between them in all but 2 of 2**n cases: under 5% from six on.
 _FEWEST_PAIRS = 6
 _Z = 1.959963984540054
@@ -140,7 +139,7 @@ def _counted(baseline: float, other: float, metric: Literal["instructions", "cyc
 def _time_ratio(baseline: Measurement, other: Measurement, resamples: int, generator: np.random.Generator) -> Ratio:
     paired = bool(baseline.interleaved_with) and baseline.interleaved_with == other.interleaved_with
     shares = [row.foreign_share for row in (baseline, other)]
-    own = all(share is not None for share in shares) and max(filter(None, shares), default=0.0) > _MAX_FOREIGN_SHARE
+    own = all(share is not None for share in shares) and max(filter(None, shares), default=0.0) > MAX_FOREIGN_SHARE
     a_samples, b_samples = (row.cpu_samples_ms if own else row.samples_ms for row in (baseline, other))
     if paired:
         if len(a_samples) != len(b_samples):

@@ -203,6 +203,12 @@ def test_adb_without_devices_or_answer(
     assert found.status == status and detail in found.detail
 
 
+def test_the_adb_that_the_user_names_is_asked(tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool(tools, "my-adb", "echo 'List of devices attached'; echo 'B9 device model:Mine'")
+    monkeypatch.setenv("LAYERFOLD_ADB", str(tools / "my-adb"))
+    assert by_name(machine.probe())["B9"].detail == "ready Mine"
+
+
 def test_a_bare_machine_gets_told_what_to_install(tools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     found = by_name(machine.probe())
@@ -214,6 +220,7 @@ def test_a_bare_machine_gets_told_what_to_install(tools: Path, tmp_path: Path, m
     root.mkdir(parents=True)
     source = hashlib.sha256(Path(emulated_setup.__file__).with_name("qemu_plugin").joinpath("count.c").read_bytes())
     manifest = {"revision": 1, "plugin_source": source.hexdigest(), "versions": {"numpy": "2"}, "qemu": "7.2"}
+    manifest["files"] = {}
     (root / "manifest.json").write_text(json.dumps(manifest))
     found = by_name(machine.probe())
     assert (found["GPU"].status, found["GPU"].detail) == ("ok", "Made Up 9000, 12000 MiB")

@@ -23,6 +23,8 @@ _VERBS = {
     "inspect": "show what is inside a model file or a run folder",
     "doctor": "say what is installed, what is missing, and how to get it",
 }
+# Only this verb (recipes and studies) keeps what is done and goes on from there.
+_RESUMING = "run"
 INTERRUPTED = 130
 
 
@@ -75,7 +77,8 @@ def main() -> None:
         error.show()
         code = error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        click.echo("stopped; the same command resumes where this one stopped", err=True)
+        resumes = sys.argv[1:2] == [_RESUMING]
+        click.echo("stopped" + ("; the same command resumes where this one stopped" if resumes else ""), err=True)
         code = INTERRUPTED
     except (LayerfoldError, TargetError) as error:
         click.echo(f"error: {error}", err=True)

@@ -75,10 +75,11 @@ def _gpu() -> Finding:
 
 
 def _adb() -> list[Finding]:
-    if shutil.which("adb") is None:
+    adb = os.environ.get("LAYERFOLD_ADB") or shutil.which("adb")
+    if adb is None:
         fix = "apt-get install adb, or Android's platform-tools"
         return [Finding("device", "adb", "optional", "not on PATH: no Android device can be reached", fix)]
-    code, out = _ask("adb", "devices", "-l")
+    code, out = _ask(adb, "devices", "-l")
     if code != 0:
         return [Finding("device", "adb", "broken", f"`adb devices` fails: {out}", "adb kill-server, then try again")]
     rows = [line.split() for line in out.splitlines() if line.strip() and not line.startswith(("*", "List of"))]

@@ -1,6 +1,7 @@
 """The row that everything else reads."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -52,3 +53,11 @@ def test_a_row_of_another_version_is_refused_by_name() -> None:
     row.pop("device")
     with pytest.raises(OptionError, match="incomplete"):
         Measurement.from_dict(row)
+
+
+@pytest.mark.parametrize(("own_ms", "valid"), [(1.0, True), (0.985, True), (0.97, False), (0.5, False)])
+def test_a_neighbour_who_comes_after_the_gate_is_marked(own_ms: float, valid: bool) -> None:
+    row = Measurement.from_samples([[1.0] * 9], cpu_samples_ms=((own_ms,) * 9,), **ROW).marked_if_disturbed()
+    assert row.valid == valid and ("others had the core" in row.invalid_reason) == (not valid)
+    # Threads that wait for each other cannot tell.
+    assert replace(row, threads=2, valid=True, invalid_reason="").marked_if_disturbed().valid
