@@ -2,7 +2,6 @@
 
 __all__ = ["RunEvents", "RunOutcome", "StageState", "execute", "stage_states"]
 
-import errno
 import json
 import logging
 import os
@@ -20,6 +19,7 @@ from filelock import FileLock, Timeout
 from pipeline import artifacts
 from pipeline.artifacts import StageOutput
 from pipeline.errors import ArtifactError, RunFolderError
+from pipeline.os_errors import os_errors_named
 from pipeline.plan import Plan, PlannedStage
 from pipeline.recipe import Recipe
 from pipeline.stages import Report, StageContext, load_stage
@@ -78,7 +78,7 @@ def execute(plan: Plan, folder: Path, events: RunEvents) -> RunOutcome:
         RunFolderError: The folder is locked, belongs to another recipe, cannot be written, or the disk is full.
         LayerfoldError: Whatever a stage raises; its working folder stays and the next run resumes.
     """
-    with _os_errors_named(folder):
+    with os_errors_named(folder, again="run the same command again: it resumes"):
         _prepare(folder, plan.recipe)
         with _locked(folder), _log_file(folder / "run.log"):
             write = artifacts.write_atomic
@@ -209,28 +209,6 @@ def _log_file(path: Path) -> Iterator[None]:
         logger.setLevel(level)
         logger.propagate = propagate
         handler.close()
-
-
-_DISK_ERRORS = {
-    errno.ENOSPC: ("the disk is full", "free some space and run the same command again: it resumes"),
-    errno.EDQUOT: ("the disk quota is used up", "free some space and run the same command again: it resumes"),
-    errno.EROFS: ("the file system is read-only", "give a writable folder with --out"),
-    errno.EACCES: ("no permission to write", "give a writable folder with --out"),
-    errno.EPERM: ("no permission to write", "give a writable folder with --out"),
-    errno.ENOENT: ("the folder cannot be made there", "give another folder with --out"),
-    errno.ENOTDIR: ("a part of the path is a file", "give another folder with --out"),
-}
-
-
-@contextmanager
-def _os_errors_named(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _DISK_ERRORS:
-            raise
-        what, hint = _DISK_ERRORS[error.errno]
-        raise RunFolderError(f"{error.filename or folder}: {what}", hint=hint) from error
 
 
 def _run_manifest(plan: Plan) -> dict[str, object]:

@@ -78,7 +78,10 @@ def main() -> None:
         code = error.exit_code
     except (click.Abort, KeyboardInterrupt):
         resumes = sys.argv[1:2] == [_RESUMING]
-        click.echo("stopped" + ("; the same command resumes where this one stopped" if resumes else ""), err=True)
+        click.echo(
+            "stopped; the same command resumes where this one stopped" if resumes else "stopped before it was done",
+            err=True,
+        )
         code = INTERRUPTED
     except (LayerfoldError, TargetError) as error:
         click.echo(f"error: {error}", err=True)

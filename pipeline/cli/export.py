@@ -2,12 +2,18 @@
 
 __all__ = ["command"]
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
+    from torch.fx import GraphModule
+
+    from pipeline.data.preprocessing import Preprocessing
+    from pipeline.data.sources import ImageSource
     from pipeline.export.calibration import Calibration
     from pipeline.export.conversion import Checked
     from pipeline.export.input_format import PixelInput
@@ -23,6 +29,8 @@ Examples:
   layerfold export folded.pt --to executorch --precision fp32,int8 --calibration photos/train-folder
 """
 _FORMATS = ("tflite", "onnx", "executorch")
+_NEEDS_IMAGES = "--precision int8 needs images to calibrate on"
+_GIVE = "give --calibration FOLDER (of training images) or a data set such as fashion_mnist; 'dynamic' needs none"
 _PRECISIONS = ("fp32", "fp16", "dynamic", "int8")
 
 
@@ -30,13 +38,17 @@ _PRECISIONS = ("fp32", "fp16", "dynamic", "int8")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--to", "formats", default="tflite,onnx", show_default=True, help=f"Some of {','.join(_FORMATS)}.")
 @click.option("--precision", "precisions", default="fp32", show_default=True, help=f"Some of {','.join(_PRECISIONS)}.")
-@click.option(
-    "--out", type=click.Path(path_type=Path, file_okay=False), default=None, help="Folder.  [default: beside MODEL]"
-)
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=None,
+              help="Folder.  [default: beside MODEL, or `exported` there in a run]")  # fmt: skip
 @click.option("--input", "input_kind", type=click.Choice(["float", "uint8"]), default="float", show_default=True,
               help="uint8: the file takes pixels and normalises them itself.")  # fmt: skip
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Images of one inference.")
-@click.option("--calibration", metavar="FOLDER|DATASET", default=None, help="Images for int8: a folder or a data set.")
+@click.option(
+    "--calibration",
+    metavar="FOLDER|DATASET",
+    default=None,
+    help="Images for int8: a folder or a data set.  [default: what the model was trained on]",
+)
 @click.option("--calibration-images", type=click.IntRange(1), default=200, show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Chooses the calibration images.")
 @click.option("--split-identity/--whole-kernels", default=True, show_default=True,
@@ -54,7 +66,9 @@ def command(model: Path, formats: str, precisions: str, out: Path | None, **opti
     """Convert MODEL (a .pt file that layerfold wrote) to TFLite, ONNX and ExecuTorch files.
 
     int8 needs images to calibrate on: a folder of training images, or the name of a data set, whose training part is
-    drawn from. A damaged image is left out and named; the images of an evaluation set are refused.
+    drawn from; a model that a run made brings its own data set. A damaged image is left out and named; the images of
+    an evaluation set are refused. The files of a run stay as its report describes them: exports of its models go to
+    `exported` beside them. MODEL_CARD.md describes the files of the last export.
     """
     from pipeline.export.conversion import require_formats
     from pipeline.export.int8 import Int8Options
@@ -63,8 +77,10 @@ def command(model: Path, formats: str, precisions: str, out: Path | None, **opti
     wanted_formats = _names(formats, _FORMATS, "--to")
     wanted = _names(precisions, _PRECISIONS, "--precision")
     require_formats(wanted_formats, wanted)
-    _require_calibration(wanted, options["calibration"])
+    folder = _folder_of(model, out)
     stored = store.load(model)
+    _require_size(model, stored)
+    _require_calibration(wanted, options["calibration"], stored)
     int8 = Int8Options(
         split_identity=options["split_identity"],
         equalise=options["equalise"],
@@ -74,7 +90,6 @@ def command(model: Path, formats: str, precisions: str, out: Path | None, **opti
         percentile=options["percentile"],
         float_units=tuple(_split(options["float_units"])),
     )
-    folder = out if out is not None else model.parent
     _write(stored, folder, model.stem, wanted_formats, wanted, int8, options)
 
 
@@ -88,55 +103,126 @@ def _write(
     options: dict[str, Any],
 ) -> None:
     """Makes every file in a temporary folder and moves them out when all are whole and pass the gate."""
-    import tempfile
-
     import torch
 
-    import pipeline
+    from pipeline.cli.progress import steps
     from pipeline.export import metadata
-    from pipeline.export.conversion import EXPORTERS, SHRINKERS, check, file_name, to_int8, without_needless_pads
+    from pipeline.export.conversion import (
+        EXPORTERS,
+        SHRINKERS,
+        check,
+        conversion_record,
+        file_name,
+        to_int8,
+        without_needless_pads,
+    )
     from pipeline.export.int8 import operate
     from pipeline.export.lowering import lower
+    from pipeline.export.model_card import is_card, write_card
+    from pipeline.export.provenance import card_of, file_content
+    from pipeline.os_errors import os_errors_named
 
     meta = dict(stored.meta)
     pixels = _pixels(meta) if options["input_kind"] == "uint8" else None
-    example = torch.zeros(options["batch"], 3, meta["input_px"], meta["input_px"])
-    network, pads, _ = without_needless_pads(lower(stored.module, example), example, enlarge=False)
-    content = meta | {"layerfold": pipeline.__version__, "input": options["input_kind"]}
-    taken, ready = None, None
-    if "int8" in precisions:
-        taken = _calibration(meta, options)
-        ready = operate(network, taken.batches, int8)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as text:
-        work = Path(text)
-        finished: list[Path] = []
-        checked: list[Checked] = []
+    content = file_content(meta, stem, options["input_kind"])
+    smaller = [name for name in precisions if name != "fp32"]
+    total = 1 + 2 * ("int8" in precisions) + len(formats) * (1 + len(smaller))
+    finished: list[Path] = []
+    checked: list[Checked] = []
+    with _scratch_inside(folder) as work, steps(f"export {stem}") as show:
+        done = 0
+
+        def next_step(text: str) -> None:
+            nonlocal done
+            show(done, total, text)
+            done += 1
+
+        next_step("to plain layers")
+        example = torch.zeros(options["batch"], 3, meta["input_px"], meta["input_px"])
+        network, pads, _ = without_needless_pads(lower(stored.module, example), example, enlarge=False)
+        _require_float_units(int8.float_units, network)
+        taken, ready = None, None
+        if "int8" in precisions:
+            next_step("reading calibration images")
+            taken = _calibration(meta, options)
+            next_step("made ready for int8")
+            ready = operate(network, taken.batches, int8)
+        scratch = work / "scratch"
         for form in formats:
+            next_step(f"to {form}")
             float_file = work / file_name(stem, "fp32", form)
-            info = EXPORTERS[form](network, example, float_file, pixels=pixels)
+            float_info = EXPORTERS[form](network, example, float_file, pixels=pixels)
             for precision in precisions:
-                path = work / file_name(stem, precision, form)
+                path, info = work / file_name(stem, precision, form), float_info
                 extra: dict[str, Any] = {}
+                if precision in smaller:
+                    next_step(f"{form} to {precision}")
                 if precision in ("fp16", "dynamic"):
                     info = SHRINKERS[form, precision](float_file, path)
                 elif precision == "int8":
                     assert taken is not None and ready is not None
-                    scratch = work / f"operated.{form}"
                     info, _ = to_int8(
                         form, network, ready, float_file, path, taken.batches, int8,
-                        example=example, pixels=pixels, scratch=scratch,
+                        example=example, pixels=pixels, scratch=scratch / f"operated.{form}",
                     )  # fmt: skip
                     extra = {"quantised": int8.as_dict(), "calibration": taken.as_dict()}
-                metadata.write(path, content | extra | {"precision": precision, "converter": info.converter})
+                metadata.write(path, content | extra | conversion_record(precision, info))
+                for note in info.notes:
+                    click.echo(f"{path.name}: {note}", err=True)
                 float_units = int8.float_units if precision == "int8" else ()
                 allowed = _split(options["allow_operators"])
                 checked.append(check(path, pads=pads, allow_operators=allowed, float_units=float_units))
                 finished.append(path)
         _judge(checked, options["gate"])
-        for path in finished:
-            target = path.replace(folder / path.name)
-            click.echo(f"{target}  {target.stat().st_size / 1e6:.2f} MB")
+        with os_errors_named(folder):
+            finished = [path.replace(folder / path.name) for path in finished]
+            card = folder / "MODEL_CARD.md"
+            if card.exists() and not is_card(card):
+                click.echo(f"{card} is not layerfold's: left as it is", err=True)
+            else:
+                finished.append(write_card(card_of(stem, content, taken, [item.census for item in checked]), card))
+    for target in finished:
+        click.echo(f"{target}  {target.stat().st_size / 1e6:.2f} MB")
+
+
+@contextmanager
+def _scratch_inside(folder: Path) -> Iterator[Path]:
+    """A temporary folder inside the output folder, made before the long work; a failure leaves neither."""
+    import tempfile
+
+    from pipeline.os_errors import os_errors_named
+
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    with os_errors_named(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(prefix=".export-", dir=folder)
+    try:
+        with scratch as text:
+            yield Path(text)
+    except BaseException:
+        for path in made:
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+        raise
+
+
+def _folder_of(model: Path, out: Path | None) -> Path:
+    """Where to write: beside the model, but never over the files that a run has recorded with their digests."""
+    from pipeline.errors import ExportError
+
+    if out is None:
+        return model.parent / "exported" if _is_runs_own(model.parent) else model.parent
+    if _is_runs_own(out):
+        raise ExportError(
+            f"{out} holds the files that a run has recorded: its report would no longer fit them",
+            hint=f"leave --out away to write to {out / 'exported'}, or give another folder",
+        )
+    return out
+
+
+def _is_runs_own(folder: Path) -> bool:
+    whole = folder.resolve()
+    return whole.name == "models" and (whole.parent / "manifest.json").is_file()
 
 
 def _calibration(meta: dict[str, Any], options: dict[str, Any]) -> "Calibration":
@@ -146,12 +232,44 @@ def _calibration(meta: dict[str, Any], options: dict[str, Any]) -> "Calibration"
 
     count, seed = options["calibration_images"], options["seed"]
     spec = Preprocessing.from_dict(_preprocess(meta))
-    taken = collect(open_images(options["calibration"], spec, limit=count, seed=seed), asked=count, seed=seed)
+    if options["calibration"] is None:
+        source = _own_images(meta, spec, count, seed)
+    else:
+        source = open_images(options["calibration"], spec, limit=count, seed=seed)
+    taken = collect(source, asked=count, seed=seed)
     for damaged, reason in taken.skipped.items():
         click.echo(f"calibration: left out {damaged}: {reason}", err=True)
     if taken.skipped:
         click.echo(f"calibration: {len(taken.skipped)} damaged images left out, {taken.count} used", err=True)
+    if options["calibration"] is None:
+        click.echo(f"calibration: {taken.count} images of {taken.source}, as the model's recipe trained on", err=True)
     return taken
+
+
+def _own_images(meta: dict[str, Any], spec: "Preprocessing", count: int, seed: int) -> "ImageSource":
+    """The calibration split of the data set that the model was trained on."""
+    from pipeline.data import datasets
+    from pipeline.errors import DataError
+
+    data = meta["data"]
+    try:
+        found = datasets.resolve(data["name"], data.get("root"), data.get("fallback"))
+        return datasets.open_split(found, "calibration", spec, limit=count, seed=seed)
+    except DataError as error:
+        raise DataError(f"{_NEEDS_IMAGES}, and the model's own are not to be had: {error.what}", hint=_GIVE) from error
+
+
+def _require_float_units(names: tuple[str, ...], network: "GraphModule") -> None:
+    """Finds a misspelt name before the long conversions."""
+    from pipeline.errors import ExportError, nearest
+
+    known = [name for name, _ in network.named_modules() if name]
+    for name in names:
+        if name not in known:
+            raise ExportError(
+                "; ".join(filter(None, [f"--float-units: no layer or unit is called '{name}'", nearest(name, known)])),
+                hint="`layerfold inspect MODEL.pt --units` lists the units",
+            )
 
 
 def _judge(checked: "list[Checked]", gate: str) -> None:
@@ -183,15 +301,18 @@ def _names(text: str, known: tuple[str, ...], option: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _require_calibration(precisions: list[str], calibration: str | None) -> None:
+def _require_size(model: Path, stored: "StoredModel") -> None:
+    from pipeline.errors import ModelError
+
+    if not isinstance(stored.meta.get("input_px"), int):
+        raise ModelError(f"{model} does not say its input_px", hint="make it with `layerfold run` or `layerfold fold`")
+
+
+def _require_calibration(precisions: list[str], calibration: str | None, stored: "StoredModel") -> None:
     from pipeline.errors import DataError
 
-    if "int8" in precisions and calibration is None:
-        raise DataError(
-            "--precision int8 needs images to calibrate on",
-            hint="give --calibration FOLDER (of training images) or a data set such as fashion_mnist; "
-            "'dynamic' needs none",
-        )
+    if "int8" in precisions and calibration is None and not isinstance(stored.meta.get("data"), dict):
+        raise DataError(_NEEDS_IMAGES, hint=_GIVE)
 
 
 def _split(text: str) -> list[str]:

@@ -1,6 +1,6 @@
 """Progress on the terminal: one bar for the stage at work, a line for each stage done."""
 
-__all__ = ["TerminalEvents", "bars"]
+__all__ = ["TerminalEvents", "bars", "steps"]
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -55,6 +55,13 @@ def bars(titles: Sequence[str]) -> Iterator[list[Callable[[int, int], None]]]:
             return lambda done, total: progress.update(task, completed=done, total=total)
 
         yield [mover(progress.add_task(title, total=None, text="")) for title in titles]
+
+
+@contextmanager
+def steps(title: str) -> Iterator[Callable[[float, float, str], None]]:
+    """A bar on stderr for a command's steps; the given function takes (done, total, what comes now)."""
+    with Progress(*_COLUMNS, console=Console(stderr=True), transient=True) as progress:
+        yield _StageBar(progress, progress.add_task(title, total=None, text="")).progress
 
 
 class TerminalEvents:

@@ -6,6 +6,7 @@ __all__ = [
     "SUFFIXES",
     "Checked",
     "check",
+    "conversion_record",
     "file_name",
     "require_formats",
     "to_int8",
@@ -152,6 +153,11 @@ def to_int8(
         source = scratch
         EXPORTERS[form](ready.network, example, source, pixels=pixels)
     return quantise(source, path, calibration, options, name=exported.name), source
+
+
+def conversion_record(precision_name: str, info: ExportInfo) -> dict[str, object]:
+    """What a file says about its making: precision, converter, which simplifier ran, what was changed."""
+    return {"precision": precision_name, "converter": info.converter, "notes": list(info.notes)}
 
 
 def without_needless_pads(

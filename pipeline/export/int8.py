@@ -127,14 +127,19 @@ def operate(
         on_step: Told (steps done, steps in all) of quantisation-aware training.
 
     Raises:
-        ExportError: The method is unknown, there are no calibration images, or ``qat`` was asked for without training
-            images.
+        ExportError: The method is unknown, there are no calibration images or they are not finite, or ``qat`` was
+            asked for without training images.
         TrainingError: The training images run out, or the loss is not finite.
     """
     if options.method not in {"ptq", "qat"}:
         raise ExportError(f"unknown quantisation method '{options.method}'", hint="expected ptq or qat")
     if not any(len(batch) for batch in calibration):
         raise ExportError("there are no calibration images", hint="give images of the training split")
+    for number, batch in enumerate(calibration):
+        if not np.isfinite(batch).all():
+            raise ExportError(
+                f"calibration batch {number} holds NaN or infinite pixels", hint="check the preprocessing"
+            )
     reference = network
     identities: dict[str, float] = {}
     if options.split_identity:

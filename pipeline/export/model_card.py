@@ -1,6 +1,6 @@
 """`MODEL_CARD.md`: what a reader must know before putting the exported files into an app."""
 
-__all__ = ["ModelCard", "write_card"]
+__all__ = ["ModelCard", "is_card", "write_card"]
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -78,6 +78,11 @@ def write_card(card: ModelCard, path: Path | str) -> Path:
     with replacing(target) as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return target
+
+
+def is_card(path: Path) -> bool:
+    """Whether a file is a card that layerfold wrote, and may be replaced by a newer one."""
+    return "\n- layerfold: " in path.read_text(encoding="utf-8", errors="replace")
 
 
 def _row(found: Census, report: FileReport | None) -> str:

@@ -28,7 +28,7 @@ def run(context: StageContext) -> dict[str, Any]:
     if train is not None:
         fitting.fine_tune(context, model, train)
     evaluation = workbench.score(context, model)
-    workbench.save_model(context, "models/baseline.pt", model, weights=origin.as_dict())
+    workbench.save_model(context, "models/baseline.pt", model, **workbench.provenance(context, origin.as_dict()))
     return {
         "weights": f"{origin.source}: {origin.detail}"
         + ("" if train is None else f", trained {train.epochs:g} epochs"),

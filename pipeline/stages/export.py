@@ -12,15 +12,21 @@ from torch import Tensor, fx
 import pipeline
 from pipeline.errors import ExportError
 from pipeline.export import metadata
-from pipeline.export.conversion import EXPORTERS, SHRINKERS, Checked, check, file_name, without_needless_pads
+from pipeline.export.conversion import (
+    EXPORTERS,
+    SHRINKERS,
+    Checked,
+    check,
+    conversion_record,
+    file_name,
+    without_needless_pads,
+)
 from pipeline.export.input_format import PixelInput
 from pipeline.export.lowering import lower
-from pipeline.models.labels import imagenet_labels
 from pipeline.recipe import Recipe
 from pipeline.stages import StageContext, workbench
 
 MODELS = ("baseline", "folded")
-_IMAGENET_CLASSES = 1000
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,9 @@ def run(context: StageContext) -> dict[str, Any]:
                     info = EXPORTERS[form](source.network, source.example, path, pixels=pixel_input(recipe))
                 else:
                     info = SHRINKERS[form, precision](models / file_name(which, "fp32", form), path)
-                metadata.write(path, content | {"precision": precision, "converter": info.converter})
+                metadata.write(path, content | conversion_record(precision, info))
+                for note in info.notes:
+                    context.report.say(f"{path.name}: {note}")
                 found = check(path, pads=source.pads, allow_operators=section.allow_operators)
                 checked.append(found)
                 infos[path.name] = info.as_dict() | {"advice": list(found.advice)}
@@ -151,7 +159,7 @@ def file_metadata(context: StageContext, which: str) -> dict[str, Any]:
         "model": which,
         "input": recipe.export.input,
         "units_folded": [] if which == "baseline" else list(context.inputs["postfold"].metrics["units_folded"]),
-        "labels": _labels(recipe, origin),
+        "labels": workbench.class_names(recipe, origin),
         "layerfold": pipeline.__version__,
         "seed": recipe.seed,
         "weights": origin,
@@ -159,14 +167,3 @@ def file_metadata(context: StageContext, which: str) -> dict[str, Any]:
         "baseline_hash": baseline.manifest["hash"],
         "recipe_hash": context.stage.hash,
     }
-
-
-def _labels(recipe: Recipe, origin: dict[str, Any]) -> list[str]:
-    """The classes' names in the order of the logits; empty where nobody says them."""
-    source = workbench.split(recipe, "eval")
-    if len(source.class_names) == recipe.model.num_classes:
-        return list(source.class_names)
-    if source.labelled and not source.class_names:  # sets of digits: the numbers are the names
-        return [str(index) for index in range(recipe.model.num_classes)]
-    published = origin.get("source") in ("packaged", "hub") and recipe.baseline.train is None
-    return imagenet_labels() if published and recipe.model.num_classes == _IMAGENET_CLASSES else []

@@ -21,7 +21,10 @@ def run(context: StageContext) -> dict[str, Any]:
             context, folded, section.train, distill=section.distill, teacher=baseline, units=_blocks(folded, units)
         )
     evaluation = workbench.score(context, folded, teacher=baseline)
-    workbench.save_model(context, "models/folded.pt", folded, units_folded=units)
+    origin = context.inputs["baseline"].metrics["weights_origin"]
+    workbench.save_model(
+        context, "models/folded.pt", folded, units_folded=units, **workbench.provenance(context, origin)
+    )
     return {
         "units_folded": units,
         "counts": workbench.count(context.recipe, folded),

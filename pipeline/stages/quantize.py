@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.export import metadata, sqnr
 from pipeline.export.calibration import Calibration, collect
-from pipeline.export.conversion import EXPORTERS, Checked, check, file_name, to_int8
+from pipeline.export.conversion import EXPORTERS, Checked, check, conversion_record, file_name, to_int8
 from pipeline.export.int8 import Int8Options, operate
 from pipeline.folding.units import find_units
 from pipeline.recipe import Recipe
@@ -72,7 +72,9 @@ def run(context: StageContext) -> dict[str, Any]:
                 pixels=pixel_input(recipe), scratch=context.checkpoints / f"{which}.operated.{form}",
             )  # fmt: skip
             content = metadata.read(exported)
-            metadata.write(path, content | record | {"precision": "int8", "converter": info.converter})
+            metadata.write(path, content | record | conversion_record("int8", info))
+            for note in info.notes:
+                context.report.say(f"{path.name}: {note}")
             found = check(
                 path,
                 pads=source.pads,

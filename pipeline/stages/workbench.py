@@ -1,6 +1,7 @@
 """What several stages set up alike from a recipe: preprocessing, data splits, device, models, scores."""
 
 __all__ = [
+    "class_names",
     "count",
     "device",
     "example",
@@ -8,12 +9,14 @@ __all__ = [
     "load_model",
     "model_meta",
     "preprocessing",
+    "provenance",
     "save_model",
     "score",
     "split",
     "summary",
 ]
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,9 +28,12 @@ from pipeline.data.sources import ImageSource
 from pipeline.errors import RecipeError
 from pipeline.folding import counters
 from pipeline.models import store
+from pipeline.models.labels import imagenet_labels
 from pipeline.recipe import Recipe
 from pipeline.stages import StageContext
 from pipeline.training.evaluate import Evaluation, evaluate
+
+_IMAGENET_CLASSES = 1000
 
 
 def preprocessing(recipe: Recipe) -> Preprocessing:
@@ -95,6 +101,40 @@ def model_meta(recipe: Recipe, **extra: Any) -> dict[str, Any]:
         "preprocess": preprocessing(recipe).as_dict(),
         "recipe": recipe.name,
         **extra,
+    }
+
+
+def class_names(recipe: Recipe, origin: Mapping[str, Any]) -> list[str]:
+    """The classes' names in the order of the logits; empty where nobody says them.
+
+    Args:
+        recipe: Says which data set and how many classes.
+        origin: `WeightsOrigin.as_dict` of the baseline's weights.
+    """
+    source = split(recipe, "eval")
+    if len(source.class_names) == recipe.model.num_classes:
+        return list(source.class_names)
+    if source.labelled and not source.class_names:  # sets of digits: the numbers are the names
+        return [str(index) for index in range(recipe.model.num_classes)]
+    published = origin.get("source") in ("packaged", "hub") and recipe.baseline.train is None
+    return imagenet_labels() if published and recipe.model.num_classes == _IMAGENET_CLASSES else []
+
+
+def provenance(context: StageContext, origin: Mapping[str, Any]) -> dict[str, Any]:
+    """Where a model comes from, kept in its `.pt` file so that `layerfold export` can pass it on.
+
+    Args:
+        context: The stage that writes the model.
+        origin: `WeightsOrigin.as_dict` of the baseline's weights.
+    """
+    recipe = context.recipe
+    return {
+        "labels": class_names(recipe, origin),
+        "weights": dict(origin),
+        "licence": origin.get("licence") or "not stated by the source of the weights",
+        "seed": recipe.seed,
+        "recipe_hash": context.stage.hash,
+        "data": {"name": recipe.data.name, "root": recipe.data.root, "fallback": recipe.data.fallback},
     }
 
 
