@@ -84,7 +84,13 @@ class _File:
         missing = step - len(images)
         if missing:
             images = np.concatenate([images, np.repeat(images[-1:], missing, axis=0)])
-        return self._invoke(np.ascontiguousarray(images))[: step - missing]
+        try:
+            return self._invoke(np.ascontiguousarray(images))[: step - missing]
+        except Exception as error:  # each runtime raises what it likes
+            raise ExportError(
+                f"{self._path.name} fails while it runs: {type(error).__name__}: {str(error)[:500]}",
+                hint="the file is damaged, or its runtime lacks an operator: export it again",
+            ) from error
 
 
 def _open_tflite(path: Path, threads: int, tensorflow: bool) -> tuple[_Invoke, Port, Port, bool]:

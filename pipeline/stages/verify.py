@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from pipeline.data.sources import ImageSource
-from pipeline.errors import VerifyError
+from pipeline.errors import ExportError, VerifyError
 from pipeline.export import runtimes
 from pipeline.export.conversion import file_name
 from pipeline.export.verify import FileReport, Labelled, Thresholds, judge, names_of, second_opinion
@@ -68,11 +68,17 @@ class _Images:
             return _Predictions(logits, np.concatenate([predict(images) for images in self.separate()]))
         return _Predictions(logits, logits if self.labelled is not None else logits[:0])
 
+    def skip(self, models: int) -> None:
+        """Leaves out what is left of models that cannot be run."""
+        whole = len(self.source)
+        self.done = min((self.done // whole + models) * whole, self.total)
+
 
 def run(context: StageContext) -> dict[str, Any]:
     """Predicts the evaluation images with every file and judges it by the recipe's thresholds.
 
-    A file that fails becomes a failed row: the stage ends well, the files stay, and the run exits with 1.
+    A file that fails, or that its runtime cannot open or run, becomes a failed row: the stage ends well, the files
+    stay, and the run exits with 1.
 
     Raises:
         VerifyError: There are no images, or a torch model itself predicts something that is not finite.
@@ -101,7 +107,14 @@ def run(context: StageContext) -> dict[str, Any]:
         by_tensorflow: dict[FileKind, _Predictions] = {}
         for kind in kinds:
             path = _file(context, which, kind)
-            predicted[kind] = images.predict(runtimes.open_model(path).predict, f"{which} {kind}")
+            try:
+                predicted[kind] = images.predict(runtimes.open_model(path).predict, f"{which} {kind}")
+            except ExportError as error:
+                if isinstance(error.__cause__, ImportError):  # the fault of the installation, not of the file
+                    raise
+                rows.append(_broken_row(which, kind, error.what))
+                images.skip(2 if kind in twice else 1)
+                continue
             if kind in twice:
                 again = runtimes.open_model(path, tensorflow=True)
                 by_tensorflow[kind] = images.predict(again.predict, f"{which} {kind} by TensorFlow")
@@ -180,6 +193,24 @@ def _row(which: str, kind: FileKind, found: FileReport) -> VerifyRow:
             "worst": [WorstImageRow.model_validate(asdict(image)) for image in found.worst],
             "passed": found.passed,
             "reason": "; ".join(found.reasons),
+        }
+    )
+
+
+def _broken_row(which: str, kind: FileKind, reason: str) -> VerifyRow:
+    """The row of a file that answers nothing: it agrees on no image, and its logits are as far away as can be."""
+    return VerifyRow.model_validate(
+        {
+            "model": which,
+            "kind": kind,
+            "images": 0,
+            "accuracy": None,
+            "agreement": 0.0,
+            "max_abs_logit_error": _LARGEST,
+            "mean_abs_logit_error": _LARGEST,
+            "relative_error": _LARGEST,
+            "passed": False,
+            "reason": f"cannot be run: {reason}",
         }
     )
 

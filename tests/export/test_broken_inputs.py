@@ -195,3 +195,25 @@ def test_a_census_with_a_dead_median_channel_is_still_json(files: Files) -> None
     record = replace(found, weights=(weight,)).as_dict()
     assert record["weights"][0]["spread"] is None and record["weights"][0]["largest"] == 1.0
     json.dumps(record, allow_nan=False)
+
+
+def test_what_a_runtime_raises_while_it_runs_names_the_file(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    class Session(onnxruntime.InferenceSession):
+        def run(self, *_: object) -> list[object]:
+            raise RuntimeError("node 3")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    with pytest.raises(ExportError, match=r"tiny\.onnx fails while it runs: RuntimeError: node 3"):
+        runtimes.open_model(files["onnx"]).predict(images(1))
+
+
+def test_calibration_images_that_are_no_numbers_are_named() -> None:
+    from pipeline.export.int8 import Int8Options, operate
+    from pipeline.export.lowering import lower
+
+    broken = images(2)
+    broken[1, 0, 3, 3] = np.nan
+    with pytest.raises(ExportError, match="calibration batch 1 holds NaN"):
+        operate(lower(tiny_net(), EXAMPLE), [images(2), broken], Int8Options())

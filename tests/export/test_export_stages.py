@@ -236,6 +236,37 @@ def test_executorch_files_go_through_every_stage(run: Run) -> None:
     assert "| `folded.int8.pte` |" in done["report"].file("models/MODEL_CARD.md").read_text()
 
 
+def test_a_file_that_cannot_be_opened_or_run_is_a_red_row(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = runtimes.open_model
+
+    class Raising:
+        def predict(self, batch: np.ndarray) -> np.ndarray:
+            raise ExportError("folded.tflite fails while it runs: RuntimeError: node 3")
+
+    def open_model(path: Path, **options: bool) -> runtimes.Predictor:
+        if path.name == "baseline.int8.tflite":
+            path = tmp_path / "cut.tflite"
+            path.write_bytes(b"\x1c\0\0\0TFL3 and nothing more")
+        return Raising() if path.name == "folded.tflite" else opened(path, **options)
+
+    monkeypatch.setattr(runtimes, "open_model", open_model)
+    run.words.shares.clear()
+    done = run.stage("verify")
+    rows = {(row["model"], row["kind"]): row for row in done.metrics["files"]}
+    broken = [rows["baseline", "tflite_int8"], rows["folded", "tflite_fp32"]]
+    assert all(not row["passed"] and row["agreement"] == 0.0 for row in broken)
+    assert "cut.tflite" in broken[0]["reason"] and "node 3" in broken[1]["reason"]
+    assert rows["baseline", "tflite_fp32"]["passed"] and rows["folded", "tflite_int8"]["images"] == 64
+    assert max(run.words.shares) <= 1.0 and "2 checks failed" in done.metrics["summary"]
+    before, run.outputs["verify"] = run.outputs.get("verify"), done
+    page = run.stage("report").file("report.html").read_text()
+    assert "cannot be run" in page and '<tr class="failed">' in page
+    if before is not None:
+        run.outputs["verify"] = before
+
+
 def test_the_gate_fails_the_stage_or_warns(run: Run, tmp_path: Path) -> None:
     found = inspect.census(run.outputs["export"].file("models/folded.tflite"))
     broken, advice = "folded.tflite: 3 layout transposes, expected none", "folded.tflite: 2 padding operators"
