@@ -116,8 +116,8 @@ def find(folder: Path | None = None) -> EmulatedRoot:
         raise SetupError(f"the emulated arm64 root is not built in {folder}", hint=hint)
     manifest = _read_manifest(folder)
     if manifest is None:
-        raise SetupError(f"the manifest in {folder} is damaged", hint=hint)
-    if manifest.get("revision") != _REVISION or manifest.get("plugin_source") != sha256_of(_PLUGIN_SOURCE):
+        raise SetupError(f"the manifest in {folder} is damaged, or of another version of layerfold", hint=hint)
+    if manifest["revision"] != _REVISION or manifest["plugin_source"] != sha256_of(_PLUGIN_SOURCE):
         raise SetupError(f"the emulated arm64 root in {folder} is of another version of layerfold", hint=hint)
     return EmulatedRoot(folder, manifest["versions"], manifest["qemu"])
 
@@ -274,7 +274,7 @@ def _run_files(folder: Path) -> list[Path]:
 
 
 def _read_manifest(folder: Path) -> dict[str, Any] | None:
-    """Reads the manifest; `None` if it is missing or not what `_write_manifest` writes."""
+    """Reads the manifest; `None` if it is missing or not what this version's `_write_manifest` writes."""
     try:
         found = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -75,8 +75,9 @@ def test_a_root_that_is_not_built_says_how_to(tmp_path: Path, make_model: MakeMo
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(SetupError, match="damaged"):
         find(tmp_path)
-    (tmp_path / "manifest.json").write_text(json.dumps({"revision": 0}))
-    with pytest.raises(SetupError, match="another version"):
+    whole = {"plugin_source": "", "qemu": "", "versions": {}, "files": {}}
+    (tmp_path / "manifest.json").write_text(json.dumps({"revision": 0, **whole}))
+    with pytest.raises(SetupError, match="is of another version"):
         find(tmp_path)
 
 
