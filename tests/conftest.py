@@ -1,13 +1,15 @@
 """Fixtures that many rooms share."""
 
+import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import Layerfold, call
 from PIL import Image
 
 
@@ -40,15 +42,28 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-Layerfold = Callable[..., "subprocess.CompletedProcess[str]"]
+@pytest.fixture(scope="session")
+def layerfold() -> Layerfold:
+    """Runs the command line in a process of its own: `layerfold("plan", "quickstart", cwd=folder)`."""
+    return call
 
 
 @pytest.fixture(scope="session")
-def layerfold() -> Layerfold:
-    """Runs the command line in a process of its own, as a user would."""
+def quick_words() -> tuple[str, ...]:
+    """The README's command that runs the quickstart quickly."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    return next(tuple(line.split()) for line in readme.splitlines() if line.startswith("layerfold run quickstart --q"))
 
-    def call(*arguments: str, cwd: Path | None = None, timeout_s: float = 540) -> "subprocess.CompletedProcess[str]":
-        command = [sys.executable, "-c", "from pipeline.cli import main; main()", *arguments]
-        return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout_s)
 
-    return call
+@pytest.fixture(scope="session")
+def quick_run(quick_words: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of one finished run of that command, made as a user would: from a shell, in a process from nothing."""
+    cwd = tmp_path_factory.mktemp("quickstart")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        quick_words, cwd=cwd, capture_output=True, text=True, env=os.environ | {"PATH": path}, timeout=580
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (folder,) = (cwd / "runs").iterdir()
+    assert "MACs" in done.stdout and f"report: runs/{folder.name}/report.html" in done.stdout
+    return folder

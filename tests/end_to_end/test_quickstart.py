@@ -18,17 +18,14 @@ from pipeline import plan, recipe_files
 from pipeline.artifacts import sha256_of
 from pipeline.results.collect import load_report
 
-QUICK = ("run", "quickstart", "--quick")
+QUICK = ("quickstart", "--quick", "--set", "prefold.lambda_c=0.5")  # as in the README
 KINDS = {"tflite_fp32", "tflite_int8", "onnx_fp32", "onnx_int8"}
 
 
 @pytest.fixture(scope="module")
-def finished(layerfold, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    cwd = tmp_path_factory.mktemp("quickstart")
-    done = layerfold(*QUICK, "--out", "runs/whole", cwd=cwd)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "MACs" in done.stdout and "report: runs/whole/report.html" in done.stdout
-    return cwd / "runs" / "whole"
+def finished(quick_run: Path, quick_words: tuple[str, ...]) -> Path:
+    assert quick_words == ("layerfold", "run", *QUICK)
+    return quick_run
 
 
 def test_the_report_keeps_its_contract(finished: Path) -> None:
@@ -61,7 +58,7 @@ def test_every_file_predicts_as_its_torch_model(finished: Path) -> None:
 
 def test_a_file_that_fails_verification_ends_with_1_and_stays(finished: Path, layerfold) -> None:
     strict = ("--set", "verify.fp32_max_relative_error=1e-12", "--out", "runs/strict")
-    done = layerfold(*QUICK, *strict, cwd=finished.parent.parent)
+    done = layerfold("run", *QUICK, *strict, cwd=finished.parent.parent)
     assert done.returncode == 1, done.stderr
     assert "folded tflite_fp32: logits differ" in done.stderr and "kept for inspection" in done.stderr
     folder = finished.parent / "strict"
@@ -86,21 +83,21 @@ def test_the_exported_files_tell_what_they_are(finished: Path) -> None:
 
 def test_running_it_again_runs_nothing(finished: Path, layerfold) -> None:
     before = {path: path.stat().st_mtime_ns for path in (finished / "stages").rglob("*") if path.is_file()}
-    done = layerfold(*QUICK, "--out", "runs/whole", cwd=finished.parent.parent)
+    done = layerfold("run", *QUICK, cwd=finished.parent.parent)
     assert done.returncode == 0
     assert len(re.findall(r"\bcached\b", done.stderr)) == 9
     assert before == {path: path.stat().st_mtime_ns for path in (finished / "stages").rglob("*") if path.is_file()}
 
 
 def test_report_plan_and_inspect_read_the_finished_run(finished: Path, layerfold) -> None:
-    cwd = finished.parent.parent
-    assert "MACs" in layerfold("report", "runs/whole", cwd=cwd).stdout
-    assert "## Cost" in layerfold("report", "runs/whole", "--format", "markdown", cwd=cwd).stdout
-    planned = layerfold("plan", "quickstart", "--quick", "--out", "runs/whole", cwd=cwd)
+    cwd, run = finished.parent.parent, f"runs/{finished.name}"
+    assert "MACs" in layerfold("report", run, cwd=cwd).stdout
+    assert "## Cost" in layerfold("report", run, "--format", "markdown", cwd=cwd).stdout
+    planned = layerfold("plan", *QUICK, cwd=cwd)
     assert planned.stdout.count("cached") == 9
-    assert "CONV_2D" in layerfold("inspect", "runs/whole/models/folded.tflite", cwd=cwd).stdout
-    assert "prefold" in layerfold("inspect", "runs/whole", cwd=cwd).stdout
-    assert "blocks.2.1" in layerfold("inspect", "runs/whole/models/baseline.pt", "--units", cwd=cwd).stdout
+    assert "CONV_2D" in layerfold("inspect", f"{run}/models/folded.tflite", cwd=cwd).stdout
+    assert "prefold" in layerfold("inspect", run, cwd=cwd).stdout
+    assert "blocks.2.1" in layerfold("inspect", f"{run}/models/baseline.pt", "--units", cwd=cwd).stdout
 
 
 def test_fold_and_export_work_without_a_recipe(finished: Path, layerfold, tmp_path: Path) -> None:
@@ -113,11 +110,10 @@ def test_fold_and_export_work_without_a_recipe(finished: Path, layerfold, tmp_pa
     assert wrong.returncode == 2 and "blocks.7.7" in wrong.stderr and not (tmp_path / "x.pt").exists()
 
 
-def _start(cwd: Path) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "layerfold", *QUICK, "--out", "runs/killed"]
-    command += ["--set", "bench.targets=[host-ort]", "--set", "bench.runs=2"]
+def _start(cwd: Path, overrides: tuple[str, ...]) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "layerfold", "run", *QUICK, "--out", "runs/killed"]
     return subprocess.Popen(
-        command,
+        [*command, *(word for override in overrides for word in ("--set", override))],
         cwd=cwd,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -134,36 +130,46 @@ def _until(process: "subprocess.Popen[str]", stage: Path, marker: str) -> Iterat
         yield
 
 
-def test_kill_9_in_a_stage_then_the_same_command_gives_the_same_numbers(finished: Path, tmp_path: Path) -> None:
+_CHEAP_BENCH = ("bench.targets=[host-ort]", "bench.runs=2")
+
+
+@pytest.mark.parametrize(
+    ("formats", "stages"),
+    [
+        # TFLite's converter is most of the time of such a run; the slow case has it.
+        ("onnx", "baseline prefold postfold export"),
+        pytest.param("tflite, onnx", "baseline prefold fold postfold export quantize verify", marks=pytest.mark.slow),
+    ],
+)
+def test_kill_9_in_a_stage_then_the_same_command_gives_the_same_numbers(
+    formats: str, stages: str, finished: Path, tmp_path: Path
+) -> None:
     chance = random.Random(os.getpid())
-    stages = tmp_path / "runs" / "killed" / "stages"
-    overrides = ["bench.targets=[host-ort]", "bench.runs=2"]
-    facts = _facts(finished)
-    planned = plan.build(recipe_files.load("quickstart", quick=True, overrides=overrides), facts | {"host": ""})
-    for name, marker in (
-        ("baseline", "checkpoints/*"),
-        ("prefold", "checkpoints/*"),
-        ("postfold", "."),
-        ("export", "."),
-    ):
-        process = _start(tmp_path)
-        for _ in _until(process, stages / planned.stage(name).folder, marker):
+    folder = tmp_path / "runs" / "killed" / "stages"
+    overrides = (f"export.formats=[{formats}]", *_CHEAP_BENCH)
+    recipe = recipe_files.load("quickstart", quick=True, overrides=[QUICK[-1], *overrides])
+    planned = plan.build(recipe, _facts(finished) | {"host": ""})
+    for name in stages.split():
+        process = _start(tmp_path, overrides)
+        marker = "checkpoints/*" if name in ("baseline", "prefold") else "."
+        for _ in _until(process, folder / planned.stage(name).folder, marker):
             pass
         time.sleep(chance.uniform(0, 2))
         process.kill()
         process.communicate()
-    process = _start(tmp_path)
+    process = _start(tmp_path, overrides)
     output, _ = process.communicate(timeout=500)
     assert process.returncode == 0, output
     whole, resumed = (load_report(folder / "report.json") for folder in (finished, tmp_path / "runs" / "killed"))
     for field in ("units_folded", "alphas", "fold_max_abs_error"):
         assert getattr(whole, field) == getattr(resumed, field)
-    assert whole.baseline.accuracy == resumed.baseline.accuracy
-    assert whole.folded.accuracy == resumed.folded.accuracy
+    assert {kind.split("_")[0] for kind in resumed.folded.accuracy} == {"torch", *formats.split(", ")}
+    for before, after in ((whole.baseline, resumed.baseline), (whole.folded, resumed.folded)):
+        assert after.accuracy == {kind: before.accuracy[kind] for kind in after.accuracy}
 
 
 def test_ctrl_c_leaves_a_resumable_run_and_exits_with_130(tmp_path: Path) -> None:
-    process = _start(tmp_path)
+    process = _start(tmp_path, _CHEAP_BENCH)
     folder = tmp_path / "runs" / "killed"
     while process.poll() is None and not list(folder.glob("stages/0-baseline-*.partial")):
         time.sleep(0.05)

@@ -33,15 +33,18 @@ def test_a_make_command_names_a_real_target(command: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def _is_long(command: str) -> bool:
-    return command.startswith("layerfold run") and command != QUICK
-
-
 QUICK = next(command for command in LAYERFOLD if command.startswith("layerfold run quickstart --quick"))
+OTHERS = [command for command in LAYERFOLD if command != QUICK]
+
+
+def test_the_quick_command_makes_a_report(quick_words: tuple[str, ...], quick_run: Path) -> None:
+    assert list(quick_words) == shlex.split(QUICK)
+    assert (quick_run / "report.html").is_file()
 
 
 @pytest.mark.parametrize(
-    "command", [pytest.param(c, marks=[pytest.mark.slow] if _is_long(c) else []) for c in LAYERFOLD]
+    "command",
+    [pytest.param(c, marks=[pytest.mark.slow] if c.startswith("layerfold run") else []) for c in OTHERS],
 )
 def test_a_layerfold_command_does_what_it_says(command: str, image_folder: Path, tmp_path: Path) -> None:
     words = [word.replace("/path/to/imagenet", str(image_folder)) for word in shlex.split(command)]
