@@ -59,15 +59,23 @@ def test_an_imagenet_recipe_plans_on_a_folder_and_asks_for_one(name: str, layerf
     assert list(tmp_path.iterdir()) == []
 
 
+# TFLite's converter is most of the time of such a run: the slow cases have it.
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name.endswith("_075") else [pytest.mark.slow]) for name in IMAGENET]
+    ("name", "formats"),
+    [
+        ("mobilenet_v2/imagenet_075", ["onnx"]),
+        *(pytest.param(name, ["tflite", "onnx"], marks=pytest.mark.slow) for name in IMAGENET),
+    ],
 )
-def test_an_imagenet_recipe_runs_quickly_on_a_generated_folder(name: str, layerfold, image_folder, tmp_path) -> None:
-    done = layerfold("run", name, "--quick", "--set", f"data.root={image_folder}", "--out", "run", cwd=tmp_path)
+def test_an_imagenet_recipe_runs_quickly_on_a_generated_folder(
+    name: str, formats: list[str], layerfold, image_folder, tmp_path
+) -> None:
+    words = ["--quick", "--set", f"data.root={image_folder}", "--set", f"export.formats=[{','.join(formats)}]"]
+    done = layerfold("run", name, *words, "--out", "run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["variant"] == "quick"
     assert report["units_folded"] == list(recipe_files.load(name, quick=True).prefold.units)
     assert report["fold_max_abs_error"] < 1e-3
-    assert len(report["verify"]) == 8 and len(report["latency"]) == 4
+    assert len(report["verify"]) == 4 * len(formats) and len(report["latency"]) == 2 * len(formats)
     assert report["folded"]["depth"] < report["baseline"]["depth"]
