@@ -10,7 +10,11 @@ _HEADER = ("target", "precision", "baseline", "folded", "compared", "change", "9
 
 
 def latency_table(report: RunReport) -> Table:
-    """One line for each target and file pair; milliseconds, instructions and cycles are named, never mixed."""
+    """One line for each target and file pair; milliseconds, instructions and cycles are named, never mixed.
+
+    What makes rows doubtful stands below the table, once, and the rows refer to it by number.
+    """
+    doubts = list(dict.fromkeys(row.note for row in report.latency if row.ratio is not None and not row.valid))
     notes = []
     if any(row.metric in ("time", "processor time") for row in report.latency):
         notes.append("Baseline and folded interleaved; read the ratio, not the milliseconds, on a shared machine.")
@@ -18,15 +22,16 @@ def latency_table(report: RunReport) -> Table:
         notes.append("Processor time leaves out what other programs took; the columns show time on the wall.")
     if any(row.metric in _COUNTED for row in report.latency):
         notes.append("Instructions and cycles are counted, not timed, and say nothing of milliseconds.")
+    notes += [f"[{number}] {doubt}." for number, doubt in enumerate(doubts, start=1)]
     return Table(
         "Latency of one image (median)" if report.batch == 1 else f"Latency of {report.batch} images (median)",
         _HEADER,
-        tuple(Row(_cells(row), row.failed) for row in report.latency),
+        tuple(Row(_cells(row, doubts), row.failed) for row in report.latency),
         " ".join(notes),
     )
 
 
-def _cells(row: LatencyRow) -> tuple[str, ...]:
+def _cells(row: LatencyRow, doubts: list[str]) -> tuple[str, ...]:
     facts = ", ".join(filter(None, (row.runtime, f"{row.threads} thread{'s' if row.threads > 1 else ''}")))
     target = f"{row.target} ({facts})"
     if row.metric == "none":
@@ -44,5 +49,5 @@ def _cells(row: LatencyRow) -> tuple[str, ...]:
     if row.ratio_low is not None and row.ratio_high is not None and row.ratio_low <= 1 <= row.ratio_high:
         interval += " (no difference shown)"
     if not row.valid:
-        interval += f" ({row.note})"
+        interval += f" [{doubts.index(row.note) + 1}]"
     return (target, row.precision, before, after, row.metric, f"{100 * (row.ratio - 1):+.1f}%", interval)

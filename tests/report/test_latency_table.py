@@ -60,3 +60,12 @@ def test_a_compile_check_has_no_cost_and_is_no_failure() -> None:
 def test_a_ratio_without_an_interval_says_why() -> None:
     (only,), _ = cells(row(ratio_low=None, ratio_high=None))
     assert only[-1] == "too few runs to tell"
+
+
+def test_a_doubt_stands_once_below_the_table() -> None:
+    doubtful = {"valid": False, "note": "the cores were busy"}
+    lines, note = cells(
+        row(), row(precision="fp32", **doubtful), row(target="b", **doubtful), row(**{**doubtful, "note": "hot"})
+    )
+    assert [line[-1].removeprefix("0.700 to 0.800") for line in lines] == ["", " [1]", " [1]", " [2]"]
+    assert note.endswith("[1] the cores were busy. [2] hot.") and note.count("busy") == 1
