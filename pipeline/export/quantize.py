@@ -99,7 +99,8 @@ def tflite_int8(
     notes = [f"{ranges} ranges", "per-channel weights" if per_channel else "per-tensor weights"]
     if widened:
         count = sum(widened.values())
-        notes.append(f"widened {count} dead channels, whose bias overflows 32 bits, in {', '.join(widened)}")
+        where = ", ".join(widened) if len(widened) <= 3 else f"{len(widened)} layers, {next(iter(widened))} first"
+        notes.append(f"widened {count} dead channels, whose bias overflows 32 bits, in {where}")
     if kept:
         notes.append(f"float32: {', '.join(sorted(float_layers))}")
     return ExportInfo.of(target, converter=f"ai-edge-quantizer {version}", since=started, notes=tuple(notes))
