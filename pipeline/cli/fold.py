@@ -25,18 +25,27 @@ _EPILOG = """\b
 Examples:
   layerfold fold runs/quickstart-1a2b3c4d/models/baseline.pt --units blocks.2.1,blocks.2.2 --out folded.pt
   layerfold fold tf_efficientnet_lite0 --units blocks.3.2 --method closed_form --data photos --out folded.pt
-  layerfold fold tf_efficientnet_lite0 --units auto --keep-agreement 0.95 --data photos --out folded.pt
-  layerfold fold my.pt --units auto --keep-agreement 0.9 --save-by latency --data imagefolder --root photos --out f.pt
+  layerfold fold tf_efficientnet_lite0 --units auto --keep-agreement 0.95
+  layerfold fold my.pt --units auto --keep-agreement 0.9 --save-by macs --data imagefolder --root photos --out f.pt
   layerfold inspect tf_efficientnet_lite0 --units
 
-With --units auto, a table and a plot of every unit's sensitivity are written beside --out.
+With --units auto, units are taken greedily by what they save for each prediction lost. The time saved is measured, not
+looked up: each unit and its plain fold become TFLite files of their own and run in turns on --target, two processes
+each, about ten seconds a unit. A unit alone is quicker than inside its network, so these times rank units and do not
+add up; one whose measurement shows no difference saves nothing. A table and a plot of every unit's sensitivity are
+written beside the folded model.
 """
 
 
 @click.command(epilog=_EPILOG)
 @click.argument("model")
 @click.option("--units", required=True, help="Units to fold, separated by commas; or `auto`.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="The folded model's file, e.g. folded.pt.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="The folded model's file.  [default: <model>-folded.pt, beside the model's file]",
+)
 @click.option(
     "--method",
     type=click.Choice(["linear", "closed_form"]),
@@ -60,13 +69,18 @@ With --units auto, a table and a plot of every unit's sensitivity are written be
 )
 @click.option(
     "--save-by",
-    type=click.Choice(["macs", "latency"]),
-    default="macs",
-    show_default=True,
-    help="Of `auto`: what a unit's fold should save.",
+    type=click.Choice(["latency", "macs"]),
+    default=None,
+    help="Of `auto`: what a unit's fold should save.  [default: latency; macs, with a line that says so, where units "
+    "cannot be measured alone or no unit shows a difference]",
 )
 @click.option("--target", default="host-litert", show_default=True, help="Of `--save-by latency`: where to measure.")
-@click.option("--data", default=None, help="Data set to fit to, by name (as data.name of a recipe); needs no labels.")
+@click.option(
+    "--data",
+    default=None,
+    help="Of `closed_form`: data set to fit to, by name (as data.name of a recipe); needs no labels.  [default: "
+    "photos, those that packages bring]",
+)
 @click.option("--root", type=click.Path(path_type=Path), default=None, help="Folder of the data set.")
 @click.option("--images", default=300, show_default=True, type=click.IntRange(min=10), help="Images to fit to.")
 @click.option("--ridge", default=1e-3, show_default=True, type=click.FloatRange(0, min_open=True))
@@ -85,7 +99,7 @@ With --units auto, a table and a plot of every unit's sensitivity are written be
     help="Of `closed_form`: so many steps of fine-tuning of each folded unit with the block behind it, e.g. 300.",
 )
 @click.option("--seed", default=0, show_default=True)
-def command(model: str, units: str, out: Path, method: str | None, border: str, **chosen: Any) -> None:
+def command(model: str, units: str, out: Path | None, method: str | None, border: str, **chosen: Any) -> None:
     """Fold units of MODEL, a .pt file or the name of a published network, and write the folded model.
 
     Labels are never needed. To fine-tune the whole network before and after the fold, use a recipe.
@@ -95,20 +109,26 @@ def command(model: str, units: str, out: Path, method: str | None, border: str, 
 
     auto = units.strip() == "auto"
     method = method or ("closed_form" if auto else "linear")
+    out = out or _beside(model)
     if out.suffix != ".pt":
         raise ModelError(f"--out is '{out}', expected a .pt file", hint="write --out folded.pt")
     if not out.parent.is_dir():
         raise ModelError(f"--out: there is no folder {out.parent}", hint="make it first, or give another --out")
     if auto and method == "linear":
         raise RecipeError("--units auto chooses units by their closed form", hint="leave --method out")
-    if method == "closed_form" and chosen["data"] is None:
-        raise RecipeError("the closed form needs images, but --data is missing", hint="--data photos, for instance")
+    if chosen["data"] is None and chosen["root"] is not None:
+        raise RecipeError("--root is given, but --data is not", hint="--data imagefolder, for instance")
     stored = open_model(model)
     names = [name.strip() for name in units.split(",") if name.strip()]
     if method == "linear":
         _fold_linear(stored, names, out, border)
     else:
         _fold_closed(stored, None if auto else names, out, chosen)
+
+
+def _beside(model: str) -> Path:
+    """`<model>-folded.pt`: beside a file, in the current folder for a network by name."""
+    return Path(f"{model.removesuffix('.pt')}-folded.pt")
 
 
 def _fold_linear(stored: "StoredModel", names: list[str], out: Path, border: str) -> None:
@@ -137,7 +157,7 @@ def _fold_closed(stored: "StoredModel", names: list[str] | None, out: Path, chos
     from pipeline.folding import closed_form_fold, closeness
 
     preprocessing = Preprocessing.from_dict(stored.meta["preprocess"])
-    found = datasets.resolve(chosen["data"], chosen["root"], say=lambda text: click.echo(text, err=True))
+    found = datasets.resolve(chosen["data"] or "photos", chosen["root"], say=lambda text: click.echo(text, err=True))
     click.echo(f"{found.note}", err=True)
     seed = chosen["seed"]
 
@@ -147,19 +167,21 @@ def _fold_closed(stored: "StoredModel", names: list[str] | None, out: Path, chos
     train = opened("train", limit=chosen["images"])
     report = opened("eval", limit=chosen["images"])
 
+    size = min(_BATCH, len(train))
+
     def read() -> "Iterator[torch.Tensor]":
-        for batch, _ in train.batches(_BATCH, train=True, seed=seed):
+        for batch, _ in train.batches(size, train=True, seed=seed):
             yield batch
 
     # Every trial reads all images: they are decoded once where they fit.
     nbytes = 12 * len(train) * preprocessing.input_px**2
     images = list(read()) if names is None and nbytes <= _KEPT_BYTES else read
-    options = {"ridge": chosen["ridge"], "refit": chosen["refit"], "batch_size": _BATCH, "seed": seed}
-    selection = None
+    options = {"ridge": chosen["ridge"], "refit": chosen["refit"], "batch_size": size, "seed": seed}
+    selection, measure = None, ""
     if names is None:
-        selection = _select(stored, images, opened("select"), chosen, options)
+        selection, measure = _select(stored, images, opened("select"), chosen, options)
         if selection.result is None:
-            _write_scan(selection, chosen["keep_agreement"], out)
+            _write_scan(selection, chosen["keep_agreement"], measure, out)
             click.echo(f"no unit can fold at an agreement of {chosen['keep_agreement']:g}: {out} is not written")
             return
         result, names = selection.result, list(selection.units)
@@ -171,7 +193,7 @@ def _fold_closed(stored: "StoredModel", names: list[str] | None, out: Path, chos
     measured = closeness(stored.module, result.model, lambda: (batch for batch, _ in report.batches(_BATCH)))
     _save(stored, result.model, names, out)
     if selection is not None:
-        _write_scan(selection, chosen["keep_agreement"], out)
+        _write_scan(selection, chosen["keep_agreement"], measure, out)
     _say_fits(result.units)
     _say_counts(stored, result.model)
     click.echo(
@@ -203,37 +225,47 @@ def _with_windows(
 
 def _select(
     stored: "StoredModel", images: Any, selecting: "ImageSource", chosen: dict[str, Any], options: dict[str, Any]
-) -> "Selection":
-    """Scans every unit and tries them greedily; a bar for the scan, a line for each trial."""
+) -> "tuple[Selection, str]":
+    """Scans every unit and tries them greedily; a bar for the scan, a line for each trial.
+
+    Returns:
+        What was chosen, and in what its savings are counted.
+    """
     from pipeline.cli.progress import bars
     from pipeline.folding import find_units, select_units
 
-    unit = "ms" if chosen["save_by"] == "latency" else "M MACs"
-    scale = 1.0 if chosen["save_by"] == "latency" else 1e-6
+    savings: dict[str, float] | None = None
 
     def tell(trial: "Trial") -> None:
         verdict = "kept" if trial.accepted else "left"
+        saving = f"{trial.saving / 1e6:.3g} M MACs" if savings is None else f"{trial.saving:.3g} ms"
         click.echo(
-            f"{verdict} {trial.unit}: saves {trial.saving * scale:.3g} {unit}, "
-            f"agreement so far {100 * trial.closeness.agreement:.1f} %",
+            f"{verdict} {trial.unit}: saves {saving}, agreement so far {100 * trial.closeness.agreement:.1f} %",
             err=True,
         )
 
-    foldable = [row.name for row in find_units(stored.module) if row.foldable]
+    units = [unit for unit in find_units(stored.module) if unit.foldable]
+    foldable = [unit.name for unit in units]
+    if chosen["save_by"] is None and any(unit.kind == "activation" for unit in units):
+        click.echo("units that are one activation cannot be measured alone: choosing by MACs", err=True)
+        chosen = {**chosen, "save_by": "macs"}
     with ExitStack() as stack:
         titles = [f"fitting {len(foldable)} units alone"]
-        if chosen["save_by"] == "latency":
+        if chosen["save_by"] != "macs":
             titles.insert(0, f"measuring {len(foldable)} units")
         moves = stack.enter_context(bars(titles))
-        savings = None
-        if chosen["save_by"] == "latency":
+        if chosen["save_by"] != "macs":
             savings = _savings(stored, foldable, chosen["target"], moves[0])
+            if chosen["save_by"] is None and max(savings.values(), default=0.0) <= 0:
+                click.echo(f"no unit's fold is shown to save time on {chosen['target']}: choosing by MACs", err=True)
+                savings = None
         # Read once: the pictures are the same in every pass.
         kept = [batch for batch, _ in selecting.batches(_BATCH)]
-        return select_units(
+        selection = select_units(
             stored.module, images, kept, keep_agreement=chosen["keep_agreement"], savings=savings, units=foldable,
             on_unit=moves[-1], on_trial=tell, **options,
         )  # fmt: skip
+    return selection, "MACs" if savings is None else f"ms on {chosen['target']}, each unit alone"
 
 
 def _savings(stored: "StoredModel", names: Sequence[str], target: str, move: Any) -> dict[str, float]:
@@ -247,14 +279,16 @@ def _savings(stored: "StoredModel", names: Sequence[str], target: str, move: Any
     return {row.unit: row.saved_ms for row in rows}
 
 
-def _write_scan(selection: "Selection", keep_agreement: float, out: Path) -> None:
+def _write_scan(selection: "Selection", keep_agreement: float, measure: str, out: Path) -> None:
     """Writes the scan and the trials beside the model, as JSON, Markdown and a picture."""
     from pipeline.artifacts import write_atomic
     from pipeline.folding import sensitivity
 
-    base = out.with_suffix("")
+    base = out.name.removesuffix(".pt")  # which may hold dots of its own
+    data, text_file, picture = (out.with_name(f"{base}.sensitivity.{kind}") for kind in ("json", "md", "png"))
     content = {
         "keep_agreement": keep_agreement,
+        "savings_in": measure,
         "units": list(selection.units),
         "scan": [row.as_dict() for row in selection.scan],
         "trials": [
@@ -263,11 +297,11 @@ def _write_scan(selection: "Selection", keep_agreement: float, out: Path) -> Non
         ],
     }
     text = sensitivity.table(selection.scan)
-    write_atomic(base.with_suffix(".sensitivity.json"), json.dumps(content, indent=1))
-    write_atomic(base.with_suffix(".sensitivity.md"), f"{text}\n")
-    sensitivity.plot(selection.scan, base.with_suffix(".sensitivity.png"))
+    write_atomic(data, json.dumps(content, indent=1))
+    write_atomic(text_file, f"{text}\n")
+    sensitivity.plot(selection.scan, picture)
     click.echo(text)
-    click.echo(f"{base.with_suffix('.sensitivity.png')}")
+    click.echo(f"{picture}")
 
 
 def _say_fits(fits: "Sequence[UnitFit]") -> None:

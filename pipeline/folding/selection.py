@@ -16,6 +16,9 @@ from pipeline.folding.walk import Images
 
 __all__ = ["Selection", "Trial", "select_units"]
 
+_NOTHING = "folding saves nothing in any unit"
+_OTHERWISE = "choose units by another measure, or none"
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -88,11 +91,13 @@ def select_units(
     """
     if not 0 < keep_agreement <= 1:
         raise FoldError(f"keep_agreement is {keep_agreement}, expected a share above 0 and at most 1")
+    if savings is not None and max(savings.values(), default=0.0) <= 0:
+        raise UnitError(_NOTHING, hint=_OTHERWISE)  # before the scan, which takes long
     rows = scan(model, images, selection, units=units, on_unit=on_unit)
     saved = {row.unit: float(row.macs_before - row.macs_after) for row in rows} if savings is None else savings
     useful = [row for row in rows if saved.get(row.unit, 0.0) > 0]
     if not useful:
-        raise UnitError("folding saves nothing in any unit", hint="choose units by another measure, or none")
+        raise UnitError(_NOTHING, hint=_OTHERWISE)
 
     def bargain(row: Sensitivity) -> float:
         # One image is the finest loss that the selection can show; divergence settles what agreement cannot.

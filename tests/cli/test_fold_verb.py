@@ -1,18 +1,25 @@
 """`layerfold fold`: by name, in closed form, and with units chosen for the agreement that is to be kept."""
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
+from pipeline import folding
 from pipeline.cli.fold import command
+from pipeline.data import datasets
 from pipeline.data.preprocessing import Preprocessing
 from pipeline.errors import LayerfoldError
-from pipeline.folding import find_units
+from pipeline.folding import Selection, find_units
 from pipeline.models import store, zoo
+from pipeline.stages import unit_latency
+from pipeline.stages.unit_latency import UnitLatency
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +75,8 @@ def test_the_closed_form_is_nearer_than_taking_activations_away(
 def test_auto_keeps_the_agreement_and_writes_table_and_plot(model: Path, image_folder: Path, tmp_path: Path) -> None:
     data = ("--data", "imagefolder", "--root", image_folder, "--images", 40)
     out = tmp_path / "auto.pt"
-    said = fold(model, "--units", "auto", "--keep-agreement", 0.6, *data, "--window-steps", 3, "--out", out).output
+    choice = ("--units", "auto", "--keep-agreement", 0.6, "--save-by", "macs")
+    said = fold(model, *choice, *data, "--window-steps", 3, "--out", out).output
     record = json.loads((tmp_path / "auto.sensitivity.json").read_text())
     foldable = [unit.name for unit in find_units(store.load(model).module) if unit.foldable]
     assert [row["unit"] for row in record["scan"]] == foldable
@@ -83,10 +91,56 @@ def test_auto_keeps_the_agreement_and_writes_table_and_plot(model: Path, image_f
     assert "and the layers behind: error" in said and "that nothing was fitted to or chosen by" in said
 
 
+def test_auto_alone_measures_latency_fits_to_photos_and_writes_beside_the_model(
+    model: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`layerfold fold MODEL --units auto --keep-agreement 0.6`, with a clock and photos that are made up."""
+    asked: list[str] = []
+
+    def resolve(name: str, root: Path | None, *, say: Callable[[str], None]) -> datasets.Resolved:
+        asked.append(f"{name} in {root}")
+        return datasets.Resolved("imagefolder", str(image_folder), "made up")
+
+    def clock(*arguments: Any, on_unit: Callable[[int, int], None]) -> list[UnitLatency]:
+        asked.append(arguments[3].name)
+        saved = {"blocks.4.1": 0.1, "blocks.2.1": 50.0, "blocks.0.0": -1.0}
+        return [UnitLatency(unit, 60.0, 60.0 - saved.get(unit, 0.0), unit in saved) for unit in arguments[1]]
+
+    monkeypatch.setattr(datasets, "resolve", resolve)
+    monkeypatch.setattr(unit_latency, "measure", clock)
+    copied = shutil.copy(model, tmp_path / "my.0.35.pt")
+    said = fold(copied, "--units", "auto", "--keep-agreement", 0.6).output
+    assert asked == ["photos in None", "host-litert"]
+    record = json.loads((tmp_path / "my.0.35-folded.sensitivity.json").read_text())
+    assert [trial["unit"] for trial in record["trials"]] == ["blocks.2.1", "blocks.4.1"]
+    assert record["savings_in"] == "ms on host-litert, each unit alone" and "saves 50 ms" in said
+    assert store.load(tmp_path / "my.0.35-folded.pt").meta["units_folded"] == record["units"]
+
+
+def test_auto_counts_macs_where_no_time_is_shown(
+    model: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def clock(*arguments: Any, on_unit: Callable[[int, int], None]) -> list[UnitLatency]:
+        return [UnitLatency(unit, 2.0, 1.0, False) for unit in arguments[1]]
+
+    def choose(*arguments: Any, savings: object, **_: object) -> Selection:
+        assert savings is None
+        return Selection((), None, (), ())
+
+    monkeypatch.setattr(unit_latency, "measure", clock)
+    monkeypatch.setattr(folding, "select_units", choose)
+    data = ("--data", "imagefolder", "--root", image_folder, "--images", 10)
+    said = fold(model, "--units", "auto", *data, "--out", tmp_path / "f.pt").output
+    assert "shown to save time on host-litert: choosing by MACs" in said
+    assert json.loads((tmp_path / "f.sensitivity.json").read_text())["savings_in"] == "MACs"
+    refused = call(model, "--units", "auto", "--save-by", "latency", *data, "--out", tmp_path / "f.pt")
+    assert isinstance(refused.exception, AssertionError)  # asked for by name, latency is not given up
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--units", "auto"], "--data is missing"),
+        (["--units", "auto", "--root", "somewhere"], "--root is given, but --data is not"),
         (["--units", "auto", "--method", "linear", "--data", "mnist"], "leave --method out"),
         (["--units", "blocks.9.9"], "blocks.9.9"),
         (["--units", "blocks.1.1", "--method", "closed_form", "--data", "mnits"], "mnist"),
