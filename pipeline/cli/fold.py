@@ -119,7 +119,9 @@ def command(model: str, units: str, out: Path | None, method: str | None, border
     if chosen["data"] is None and chosen["root"] is not None:
         raise RecipeError("--root is given, but --data is not", hint="--data imagefolder, for instance")
     stored = open_model(model)
-    names = [name.strip() for name in units.split(",") if name.strip()]
+    names = list(dict.fromkeys(name.strip() for name in units.split(",") if name.strip()))
+    if not names:
+        raise RecipeError(f"--units '{units}' names no unit", hint="layerfold inspect MODEL --units lists them")
     if method == "linear":
         _fold_linear(stored, names, out, border)
     else:
@@ -132,12 +134,20 @@ def _beside(model: str) -> Path:
 
 
 def _fold_linear(stored: "StoredModel", names: list[str], out: Path, border: str) -> None:
+    from pipeline.errors import UnitError
     from pipeline.folding import fold, linearise
 
     example = _example(stored)
     linear = linearise(stored.module, names)
     result = fold(linear, example, border="exact" if border == "exact" else "approximate", units=names)
-    _save(stored, result.model, names, out)
+    folded = [name for name in names if any(name in segment.units for segment in result.segments)]
+    if not folded:
+        reasons = "; ".join(f"{', '.join(skip.names)}: {skip.reason}" for skip in result.skipped)
+        raise UnitError(
+            f"no convolutions were merged in {', '.join(names)}: {reasons or 'there is one convolution each'}",
+            hint="--border approximate merges more" if border == "exact" else "name other units",
+        )
+    _save(stored, result.model, folded, out)
     for segment in result.segments:
         if segment.windows > 1:
             ratio = segment.macs_after / segment.macs_before
@@ -321,12 +331,16 @@ def _say_counts(stored: "StoredModel", folded: Any) -> None:
 
 
 def _example(stored: "StoredModel") -> "torch.Tensor":
+    """One random image, the same each time: on zeros, layers that differ in their weights could not be told apart."""
     import torch
 
-    return torch.zeros(1, 3, stored.meta["input_px"], stored.meta["input_px"])
+    px = stored.meta["input_px"]
+    return torch.randn(1, 3, px, px, generator=torch.Generator().manual_seed(0))
 
 
 def _save(stored: "StoredModel", folded: Any, names: Sequence[str], out: Path) -> None:
+    """Writes the model; what an earlier fold of the same file merged stays on its list."""
     from pipeline.models import store
 
-    store.save(out, folded, {**stored.meta, "units_folded": list(names)})
+    earlier = stored.meta.get("units_folded", [])
+    store.save(out, folded, {**stored.meta, "units_folded": list(dict.fromkeys([*earlier, *names]))})

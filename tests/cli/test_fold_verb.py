@@ -15,7 +15,7 @@ from pipeline import folding
 from pipeline.cli.fold import command
 from pipeline.data import datasets
 from pipeline.data.preprocessing import Preprocessing
-from pipeline.errors import LayerfoldError
+from pipeline.errors import LayerfoldError, UnitError
 from pipeline.folding import Selection, find_units
 from pipeline.models import store, zoo
 from pipeline.stages import unit_latency
@@ -49,6 +49,24 @@ def test_named_units_fold_without_data(model: Path, tmp_path: Path) -> None:
     stored = store.load(out)
     assert stored.meta["units_folded"] == ["blocks.1.1", "blocks.2.1"]
     assert "layers became one" in said and "depth" in said
+    error = float(said.split("linearised model: ")[1].split()[0])
+    assert 0 < error < 1e-4  # measured on an image; zeros would hide whatever the weights do
+    fold(out, "--units", "blocks.3.1,blocks.3.1", "--out", tmp_path / "more.pt")
+    assert store.load(tmp_path / "more.pt").meta["units_folded"] == ["blocks.1.1", "blocks.2.1", "blocks.3.1"]
+
+
+def test_only_units_that_folded_are_recorded_and_none_is_refused(tmp_path: Path) -> None:
+    """A 3×3 after a padded 3×3 has no exact single convolution."""
+    torch.manual_seed(0)
+    network = zoo.create("cifar_resnet20", num_classes=10, input_px=32).eval()
+    path = tmp_path / "r20.pt"
+    store.save(path, network, {"name": "r20", "num_classes": 10, "input_px": 32})
+    unit = next(unit.name for unit in find_units(network) if unit.foldable)
+    refused = call(path, "--units", unit, "--border", "exact", "--out", tmp_path / "f.pt")
+    assert isinstance(refused.exception, UnitError) and "zero padding between them" in str(refused.exception)
+    assert not (tmp_path / "f.pt").exists()
+    fold(path, "--units", unit, "--out", tmp_path / "f.pt")
+    assert store.load(tmp_path / "f.pt").meta["units_folded"] == [unit]
 
 
 def test_the_closed_form_is_nearer_than_taking_activations_away(
@@ -140,6 +158,7 @@ def test_auto_counts_macs_where_no_time_is_shown(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["--units", " , "], "names no unit"),
         (["--units", "auto", "--root", "somewhere"], "--root is given, but --data is not"),
         (["--units", "auto", "--method", "linear", "--data", "mnist"], "leave --method out"),
         (["--units", "blocks.9.9"], "blocks.9.9"),
