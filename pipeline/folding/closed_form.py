@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import get_args
 
 import torch
 from torch import Tensor, fx, nn
 
 from pipeline.errors import FoldError, UnitError
 from pipeline.folding.algebra import AffineConv
+from pipeline.folding.checks import check_at_least, check_one_of
 from pipeline.folding.fold import FoldResult, Segment, fold
 from pipeline.folding.geometry import Axis
 from pipeline.folding.layers import conv_of
@@ -24,7 +26,7 @@ from pipeline.folding.normal_equations import NormalEquations, Window
 from pipeline.folding.refit import Refit, refit_between
 from pipeline.folding.trace import shape_of
 from pipeline.folding.units import linearise
-from pipeline.folding.walk import Images, Walk, as_batches, run
+from pipeline.folding.walk import Images, Walk, as_batches, first_image, run
 from pipeline.folding.windows import WindowFit, WindowOptions, tune, windows_of
 
 __all__ = ["ClosedFormResult", "FitOptions", "UnitFit", "closed_form_fold", "fit_unit", "unit_places"]
@@ -62,6 +64,17 @@ class FitOptions:
     held_out: int = 5
     samples: int = 60
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_at_least("ridge", self.ridge, 0)
+        for kernel in self.kernels:
+            check_at_least("a size among kernels", kernel, 1, whole=True)
+            if not kernel % 2:
+                raise FoldError(f"kernels holds {kernel}, expected odd sizes", hint=f"{kernel + 1}, for instance")
+        check_at_least("max_macs_ratio", self.max_macs_ratio, 0, above=True)
+        check_at_least("tolerance", self.tolerance, 0)
+        check_at_least("held_out", self.held_out, 2, whole=True)
+        check_at_least("samples", self.samples, 1, whole=True)
 
 
 @dataclass(frozen=True)
@@ -129,19 +142,21 @@ def closed_form_fold(
 
     Raises:
         UnitError: A name is unknown or no unit that can become linear, or two units share layers.
-        FoldError: There are no images, or values are not finite.
+        FoldError: There are no images, values are not finite, or an option has no such value.
     """
-    names = [units] if isinstance(units, str) else list(units)
+    options = FitOptions(ridge, tuple(kernels), max_macs_ratio, tolerance, held_out, samples, seed)
+    check_one_of("refit", refit, get_args(Refit))
+    check_at_least("refit_ridge", refit_ridge, 0)
+    check_at_least("batch_size", batch_size, 1, whole=True)
+    check_at_least("cache_mb", cache_mb, 0)
+    names = list(dict.fromkeys([units] if isinstance(units, str) else units))
     batches = as_batches(images, batch_size)
-    example = next(batches(), torch.empty(0))[:1]
-    if not example.numel():
-        raise FoldError("no image was given", hint="pass a tensor of images, or batches that can be read again")
+    example = first_image(batches)
     teacher = fold(model, example, units=[]).model
     folded = fold(linearise(model, names), example, units=names)
     student = folded.model
-    walk = Walk(teacher, student, batches, cache_bytes=cache_mb << 20)
+    walk = Walk(teacher, student, batches, cache_bytes=int(cache_mb * 2**20))
     places = unit_places(walk, folded, names)
-    options = FitOptions(ridge, tuple(kernels), max_macs_ratio, tolerance, held_out, samples, seed)
     fits: list[UnitFit] = []
     refitted: list[str] = []
     tuned: list[WindowFit] = []

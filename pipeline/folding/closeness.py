@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.errors import FoldError
 from pipeline.folding.walk import Images, as_batches
 
 __all__ = ["Closeness", "Comparison", "closeness"]
@@ -44,7 +45,13 @@ class Comparison:
         self.count += teacher.shape[0]
 
     def result(self) -> Closeness:
-        """The closeness over everything added."""
+        """The closeness over everything added.
+
+        Raises:
+            FoldError: Nothing was.
+        """
+        if not self.count:
+            raise FoldError("no image was given to compare on", hint="pass images, or batches that can be read again")
         return Closeness(self.same / self.count, self.divergence / self.count, self.count)
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from pipeline.errors import UnitError, nearest
+from pipeline.folding.checks import check_one_of
 from pipeline.folding.emit import Segment, emit
 from pipeline.folding.graph import Region, find_regions
 from pipeline.folding.layers import Layer, read_layers, ring_entries
@@ -86,8 +88,13 @@ def fold(
     Raises:
         TraceError: The model cannot be traced.
         UnitError: A name in `units` is no module of the model.
-        FoldError: Ring padding is left without the layers that supply it, or `latency` has no entry.
+        FoldError: An option has no such value, ring padding is left without the layers that supply it, or `latency`
+            has no entry.
     """
+    check_one_of("border", border, get_args(Border))
+    check_one_of("policy", policy, get_args(Policy))
+    check_one_of("norms", norms, ("fuse", "keep"))
+    units = [units] if isinstance(units, str) else units
     known = dict(model.named_modules())
     for unit in units or ():
         if unit not in known:

@@ -160,7 +160,12 @@ class NormalEquations:
         # A constant input has no variance; the floor keeps the system solvable without moving the others.
         damping = max(ridge * scale, 1e-12 * scale, 1e-30)
         system = gram + damping * torch.eye(gram.shape[0], dtype=torch.float64)
-        factor = torch.linalg.cholesky(system)
+        factor, failed = torch.linalg.cholesky_ex(system)
+        if failed:
+            raise FoldError(
+                "least squares without a unique solution: the inputs of a unit depend on each other",
+                hint="a larger ridge, such as 1e-3, or more images",
+            )
         weight = start + torch.cholesky_solve(cross - gram @ start, factor)
         bias = mean_y - mean_x @ weight
         shape = (window.out_channels, window.in_channels, window.rows.kernel, window.cols.kernel)

@@ -18,7 +18,7 @@ from pipeline.folding.closeness import Closeness, Comparison
 from pipeline.folding.fold import fold
 from pipeline.folding.modules import as_module
 from pipeline.folding.units import find_units, linearise
-from pipeline.folding.walk import Images, Walk, as_batches, run
+from pipeline.folding.walk import Images, Walk, as_batches, first_image, run
 
 __all__ = ["Sensitivity", "plot", "scan", "table"]
 
@@ -82,7 +82,7 @@ def scan(
     known = {unit.name: unit for unit in find_units(model)}
     names = [name for name, unit in known.items() if (unit.foldable if units is None else name in units)]
     fits, measured = (as_batches(part, batch_size) for part in (images, selection))
-    example = next(fits())[:1]
+    example = first_image(fits)
     teacher = fold(model, example, units=[]).model
     # The same graph with every unit linear but unmerged, and with every unit one convolution.
     linear = fold(linearise(model, names), example, units=[]).model

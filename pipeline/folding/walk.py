@@ -14,7 +14,9 @@ from torch import Tensor, fx, nn
 
 from pipeline.errors import FoldError
 
-__all__ = ["Images", "Walk", "as_batches", "cuts", "run", "value_name"]
+__all__ = ["Images", "Walk", "as_batches", "cuts", "first_image", "run", "value_name"]
+
+_NO_IMAGE, _IMAGES = "no image was given", "pass a tensor of images, or batches that can be read again"
 
 Images = Tensor | Iterable[Tensor | Sequence[Tensor]] | Callable[[], Iterable[Tensor | Sequence[Tensor]]]
 
@@ -37,6 +39,18 @@ def as_batches(images: Images, batch_size: int) -> Callable[[], Iterator[Tensor]
             yield batch if isinstance(batch, Tensor) else batch[0]
 
     return begin
+
+
+def first_image(batches: Callable[[], Iterator[Tensor]]) -> Tensor:
+    """The first image of a pass, Tensor[1, C, H, W].
+
+    Raises:
+        FoldError: There is none.
+    """
+    example = next(batches(), torch.empty(0))[:1]
+    if not example.numel():
+        raise FoldError(_NO_IMAGE, hint=_IMAGES)
+    return example
 
 
 def value_name(node: fx.Node) -> str:
@@ -200,7 +214,7 @@ class Walk:
                 size += sum(value.nbytes for value in values[: 1 if self.alike else 2])
                 kept = [*kept, values] if size <= self.cache_bytes else None
         if not self.images:
-            raise FoldError("no image was given", hint="pass a tensor of images, or batches that can be read again")
+            raise FoldError(_NO_IMAGE, hint=_IMAGES)
         self._kept = kept
         self.at = to
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from pipeline.folding.checks import check_at_least
 from pipeline.folding.walk import Walk, run
 
 __all__ = ["WindowFit", "WindowOptions", "tune", "windows_of"]
@@ -34,6 +35,9 @@ class WindowOptions:
         batch: Images of a step.
         reach: Convolutions behind the last folded unit that belong to its window.
         seed: Chooses the images of each step.
+
+    Raises:
+        FoldError: There is not one step or one image a step, the rate is not above zero, or the reach is below.
     """
 
     steps: int = 300
@@ -41,6 +45,12 @@ class WindowOptions:
     batch: int = 16
     reach: int = 3
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_at_least("windows.steps", self.steps, 1, whole=True)
+        check_at_least("windows.rate", self.rate, 0, above=True)
+        check_at_least("windows.batch", self.batch, 1, whole=True)
+        check_at_least("windows.reach", self.reach, 0, whole=True)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """Least squares: against a direct solver, against units that are linear in truth, and its promises about memory."""
 
 import copy
+import re
+from typing import Any
 
 import pytest
 import torch
@@ -249,6 +251,31 @@ def test_what_cannot_be_fitted_is_refused() -> None:
         closed_form_fold(network(0.1), ["9"], IMAGES)
     with pytest.raises(FoldError, match="no image"):
         closed_form_fold(network(0.1), ["1"], IMAGES[:0])
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ({"refit": "biass"}, "did you mean 'bias'"),
+        ({"ridge": -1.0}, "ridge is -1.0"),
+        ({"ridge": float("nan")}, "ridge is nan"),
+        ({"kernels": (3, 2)}, "kernels holds 2, expected odd"),
+        ({"kernels": (0,)}, "kernels is 0"),
+        ({"held_out": 1}, "held_out is 1"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"samples": 1.5}, "samples is 1.5, expected a whole number"),
+        ({"max_macs_ratio": 0}, "max_macs_ratio is 0"),
+    ],
+)
+def test_option_values_that_cannot_be_are_named(option: dict[str, Any], words: str) -> None:
+    with pytest.raises(FoldError, match=re.escape(words)):
+        closed_form_fold(network(0.1), ["1"], IMAGES, **option)
+
+
+def test_inputs_that_never_vary_need_a_ridge() -> None:
+    still = torch.zeros(40, 3, 16, 16)
+    with pytest.raises(FoldError, match="ridge"):
+        closed_form_fold(network(0.1), ["1"], still, ridge=0.0)
 
 
 def test_a_block_with_an_activation_after_its_sum_keeps_it() -> None:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import alpha
-from pipeline.errors import TraceError, UnitError
+from pipeline.errors import FoldError, TraceError, UnitError
 from pipeline.folding import fold, linearise
 from pipeline.folding.spec import ConvSpec
 from pipeline.models import zoo
@@ -217,6 +218,14 @@ def test_a_named_unit_that_is_not_linear_is_reported() -> None:
 def test_an_unknown_unit_names_the_nearest() -> None:
     with pytest.raises(UnitError, match=r"blocks\.3\.1"):
         fold(timm.create_model("mobilenetv2_035"), torch.randn(1, 3, 64, 64), units=["block.3.1"])
+
+
+@pytest.mark.parametrize(
+    ("option", "near"), [({"policy": "cheap"}, "cheapest"), ({"border": "exakt"}, "exact"), ({"norms": "kep"}, "keep")]
+)
+def test_option_values_that_cannot_be_are_named(option: dict[str, Any], near: str) -> None:
+    with pytest.raises(FoldError, match=f"{next(iter(option))} is .*did you mean '{near}'"):
+        fold(nn.Conv2d(8, 8, 3).double(), X, **option)
 
 
 class Branching(nn.Module):

@@ -75,5 +75,10 @@ def test_given_savings_decide_what_is_tried_first() -> None:
 def test_nonsense_is_refused() -> None:
     with pytest.raises(FoldError, match="keep_agreement is 95"):
         select_units(network(0.1), IMAGES, CONTROL, keep_agreement=95)
+    for nothing in ((CONTROL[:0], CONTROL), (IMAGES, [])):
+        with pytest.raises(FoldError, match="no image was given"):
+            scan(network(0.1), *nothing)
+    with pytest.raises(FoldError, match="to compare on"):
+        closeness(network(0.1), network(0.1), [])
     with pytest.raises(UnitError, match="saves nothing"):
         select_units(network(0.1), IMAGES, CONTROL, keep_agreement=0.9, savings={"1": -1.0})

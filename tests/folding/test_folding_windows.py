@@ -1,12 +1,14 @@
 """Windows: where they begin and end, that training them helps on unseen images, and that it never does harm."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from test_folding_closed_form import IMAGES, network
 from torch import nn
 
+from pipeline.errors import FoldError
 from pipeline.folding import WindowOptions, closed_form_fold, closeness
 
 UNSEEN = torch.randn(40, 3, 16, 16, generator=torch.Generator().manual_seed(4))
@@ -58,6 +60,13 @@ def test_a_window_that_would_do_harm_is_left_as_it_was() -> None:
     left = closed_form_fold(model, ["1"], IMAGES, batch_size=8, windows=wild)
     assert left.windows[0].after == left.windows[0].before
     assert torch.equal(left.model(UNSEEN), plain.model(UNSEEN))
+
+
+@pytest.mark.parametrize("options", [{"steps": 0}, {"rate": 0.0}, {"batch": 0}, {"reach": -1}, {"steps": 2.5}])
+def test_windows_without_steps_or_images_are_refused(options: dict[str, Any]) -> None:
+    ((name, value),) = options.items()
+    with pytest.raises(FoldError, match=rf"windows\.{name} is {value}"):
+        WindowOptions(**options)
 
 
 @pytest.mark.parametrize("cache_mb", [1024, 0])
