@@ -240,20 +240,23 @@ def _windows(conv: AffineConv, kernels: Sequence[int], budget: float, size: tupl
         macs = replace(spec, groups=1, rows=rows, cols=cols).macs(*size)
         if not found or macs <= budget:
             found[kernel] = Window(spec.in_channels, spec.out_channels, rows, cols)
-    return list(found.values())
+    # Where no square window has a centre at every input size, the one that plain folding gives is left.
+    return list(found.values()) or [Window(spec.in_channels, spec.out_channels, spec.rows, spec.cols)]
 
 
 def _resized(axis: Axis, kernel: int) -> Axis:
-    """The same axis with another number of taps around the same centre."""
-    if axis.dilation != 1 or kernel % 2 != axis.kernel % 2:
+    """The same axis with another number of taps around the same centre, as far from each other as before."""
+    if kernel == axis.kernel:
+        return axis
+    if kernel % 2 != axis.kernel % 2:
         raise FoldError(f"no {kernel} taps around the centre of {axis.kernel}")
     if axis.is_fixed:
         low, high = axis.pads(64)
-        more = (kernel - axis.kernel) // 2
+        more = (kernel - axis.kernel) // 2 * axis.dilation
         if min(low, high) + more < 0:
             raise FoldError(f"no {kernel} taps around the centre of {axis.kernel}: padding would be negative")
-        return Axis.fixed(kernel, stride=axis.stride, low=low + more, high=high + more)
-    resized = Axis.same(kernel, stride=axis.stride)
+        return Axis.fixed(kernel, stride=axis.stride, dilation=axis.dilation, low=low + more, high=high + more)
+    resized = Axis.same(kernel, stride=axis.stride, dilation=axis.dilation)
     Axis.union([axis, resized])  # raises where the two move against each other
     return resized
 
@@ -291,6 +294,10 @@ def _prior(window: Window) -> AffineConv | None:
     same_size = window.rows.stride == window.cols.stride == 1 and window.rows.output(64) == 64
     if not same_size or window.in_channels != window.out_channels:
         return None
+    point = Axis.fixed(1)
+    for axis in (window.rows, window.cols):
+        if Axis.union([axis, point])[0].kernel != axis.kernel:
+            return None  # the pixel itself lies between the taps of a dilated window
     return AffineConv.identity(window.in_channels)
 
 

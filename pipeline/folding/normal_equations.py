@@ -74,8 +74,9 @@ class Window:
         grid = torch.arange(self.unknowns).reshape(self.in_channels, self.rows.kernel, self.cols.kernel)
         slices = []
         for own, inner in ((self.rows, other.rows), (self.cols, other.cols)):
-            first = own.pads(64)[0] - inner.pads(64)[0]
-            if first < 0 or first + inner.kernel > own.kernel or (own.stride, own.dilation) != (inner.stride, 1):
+            first, between = divmod(own.pads(64)[0] - inner.pads(64)[0], own.dilation)
+            alike = own.stride == inner.stride and (inner.kernel == 1 or own.dilation == inner.dilation)
+            if between or not alike or first < 0 or first + inner.kernel > own.kernel:
                 raise FoldError(f"a window of {inner.kernel} taps is not inside one of {own.kernel}")
             slices.append(slice(first, first + inner.kernel))
         return grid[:, slices[0], slices[1]].reshape(-1)

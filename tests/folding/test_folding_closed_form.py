@@ -124,7 +124,7 @@ def test_no_data_and_infinite_data_are_refused() -> None:
 class Block(nn.Module):
     """An inverted residual; named as published code names it, so that `find_units` sees a block."""
 
-    def __init__(self, width: int, slope: float, stride: int = 1, out: int | None = None) -> None:
+    def __init__(self, width: int, slope: float, stride: int = 1, out: int | None = None, dilation: int = 1) -> None:
         super().__init__()
         wide, out = 4 * width, out or width
         self.skip = stride == 1 and out == width
@@ -132,7 +132,7 @@ class Block(nn.Module):
             nn.Conv2d(width, wide, 1, bias=False),
             nn.BatchNorm2d(wide),
             nn.LeakyReLU(slope),
-            nn.Conv2d(wide, wide, 3, stride, 1, groups=wide, bias=False),
+            nn.Conv2d(wide, wide, 3, stride, dilation, dilation, groups=wide, bias=False),
             nn.BatchNorm2d(wide),
             nn.LeakyReLU(slope),
             nn.Conv2d(wide, out, 1, bias=False),
@@ -177,6 +177,39 @@ def test_a_unit_that_is_linear_is_recovered() -> None:
         ((3, 3), (2, 2)),
         ((3, 3), (1, 1)),
     ]
+
+
+def test_a_dilated_unit_is_recovered_with_its_dilation() -> None:
+    """timm's output_stride=16 and 8 make such blocks."""
+    torch.manual_seed(0)
+    blocks = Block(8, 1.0, dilation=2), Block(8, 1.0, out=6, dilation=2)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), *blocks, nn.Flatten(), nn.Linear(6 * 256, 4)).double().eval()
+    images = IMAGES.double()
+    result = closed_form_fold(model, ["1", "2"], images, ridge=1e-12, batch_size=8, max_macs_ratio=9.0)
+    assert [set(fit.tried) for fit in result.units] == [{1, 3, 5}] * 2
+    assert [fit.kernel for fit in result.units] == [(3, 3)] * 2
+    assert all(fit.residual < 1e-9 < fit.tried[1] for fit in result.units)
+    assert all(result.model.get_submodule(name).dilation == (2, 2) for name in "12")
+    assert (result.model(images) - model(images)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("shape", [((3, 1), (1, 0)), (4, "same"), ((4, 3), (1, 1))])
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+def test_units_of_any_window_are_recovered(shape: tuple[Any, Any]) -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 4, shape[0], 1, shape[1]), nn.Conv2d(4, 4, 1)
+            self.act = nn.LeakyReLU(1.0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.act(self.first(x)))
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Pair(), nn.AdaptiveAvgPool2d(2), nn.Flatten()).double().eval()
+    result = closed_form_fold(model, ["0"], IMAGES.double(), ridge=1e-12, batch_size=8, max_macs_ratio=99.0)
+    assert result.units[0].residual < 1e-9
+    assert (result.model(IMAGES.double()) - model(IMAGES.double())).abs().max() < 1e-6
 
 
 def test_the_model_is_untouched_and_every_weight_finite() -> None:
