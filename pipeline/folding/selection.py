@@ -70,7 +70,8 @@ def select_units(
     """Folds units one after another, the one that saves most for each prediction lost first.
 
     A unit is kept if the network with it still agrees with the teacher often enough; each trial fits all chosen units
-    anew in network order, so that later ones make up for earlier ones.
+    anew in network order, so that later ones make up for earlier ones. Counted in MACs, the network must also cost less
+    than without the unit: neighbours that are single activations become one convolution together, which may be large.
 
     Args:
         model: The teacher; not changed.
@@ -113,7 +114,8 @@ def select_units(
         wanted = sorted([*chosen, row.unit], key=order.index)
         candidate = closed_form_fold(model, wanted, images, **fold_options)
         measured = closeness(model, candidate.model, selection)
-        accepted = measured.agreement >= keep_agreement
+        cheaper = savings is not None or _macs_saved(candidate) > (_macs_saved(result) if result else 0)
+        accepted = measured.agreement >= keep_agreement and cheaper
         trials.append(Trial(row.unit, saved[row.unit], measured, accepted))
         if on_trial is not None:
             on_trial(trials[-1])
@@ -124,3 +126,7 @@ def select_units(
             if refused >= patience:
                 break
     return Selection(tuple(chosen), result, tuple(trials), tuple(rows))
+
+
+def _macs_saved(result: ClosedFormResult) -> int:
+    return sum(fit.macs_before - fit.macs_after for fit in result.units)

@@ -1,26 +1,29 @@
 """What each unit costs: how far the network's predictions move when one unit alone is folded.
 
-One pass through the teacher serves all units: at each unit its input is at hand, and only the layers behind the unit
-are run again.
+One pass through the teacher serves all units (two where neighbours share a layer): at each unit its input is at hand,
+and only the layers behind the unit are run again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, fx, nn
 
+from pipeline.errors import UnitError, nearest
 from pipeline.folding.closed_form import FitOptions, fit_unit, unit_places
 from pipeline.folding.closeness import Closeness, Comparison
 from pipeline.folding.fold import fold
 from pipeline.folding.modules import as_module
-from pipeline.folding.units import find_units, linearise
+from pipeline.folding.units import Unit, find_units, linearise
 from pipeline.folding.walk import Images, Walk, as_batches, first_image, run
 
 __all__ = ["Sensitivity", "plot", "scan", "table"]
+
+Batches = Callable[[], Iterator[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -78,23 +81,71 @@ def scan(
 
     Returns:
         A row for each unit, in network order.
+
+    Raises:
+        UnitError: A name is no unit, or a unit does not become one convolution.
+        FoldError: There are no images.
     """
+    if isinstance(units, str):
+        units = [units]
     known = {unit.name: unit for unit in find_units(model)}
+    for name in units or ():
+        if name not in known:
+            raise UnitError(f"{name!r} is no unit of {type(model).__name__}", hint=nearest(name, known))
     names = [name for name, unit in known.items() if (unit.foldable if units is None else name in units)]
     fits, measured = (as_batches(part, batch_size) for part in (images, selection))
+    teacher = fold(model, first_image(fits), units=[]).model
+    done: dict[str, Sensitivity] = {}
+
+    def add(row: Sensitivity) -> None:
+        done[row.unit] = row
+        if on_unit is not None:
+            on_unit(len(done), len(names))
+
+    rounds = _apart(model, names, first_image(fits))
+    for part in rounds:
+        _scan_apart(model, teacher, part, known, (fits, measured), options or FitOptions(), cache_mb << 20, add)
+    return [done[name] for name in names]
+
+
+def _apart(model: nn.Module, names: Sequence[str], example: Tensor) -> list[list[str]]:
+    """Splits units into sets in which no two are neighbours.
+
+    Units that are single activations share the convolution between them: folded together they would become one.
+    """
+    apart: list[list[str]] = []
+    left = list(names)
+    while left:
+        merged = [segment.units for segment in fold(linearise(model, left), example, units=left).segments]
+        later = {unit for units in merged for unit in units[1::2]}
+        apart.append([name for name in left if name not in later])
+        left = [name for name in left if name in later]
+    return apart
+
+
+def _scan_apart(
+    model: nn.Module,
+    teacher: fx.GraphModule,
+    names: Sequence[str],
+    known: Mapping[str, Unit],
+    batches: tuple[Batches, Batches],
+    options: FitOptions,
+    cache_bytes: int,
+    add: Callable[[Sensitivity], None],
+) -> None:
+    """Scans units of which no two are neighbours, in one pass through the teacher."""
+    fits, measured = batches
     example = first_image(fits)
-    teacher = fold(model, example, units=[]).model
     # The same graph with every unit linear but unmerged, and with every unit one convolution.
     linear = fold(linearise(model, names), example, units=[]).model
     folded = fold(linearise(model, names), example, units=names)
-    walk = Walk(teacher, folded.model, fits, cache_bytes=cache_mb << 20)
-    control = Walk(teacher, folded.model, measured, cache_bytes=cache_mb << 20)
+    walk = Walk(teacher, folded.model, fits, cache_bytes=cache_bytes)
+    control = Walk(teacher, folded.model, measured, cache_bytes=cache_bytes)
     ahead = Walk(teacher, linear, measured, cache_bytes=0)
-    rows = []
     for index, segment in unit_places(walk, folded, names).items():
         walk.advance(index - 1)
         control.advance(index - 1)
-        fitted, fit = fit_unit(walk, index, segment, options or FitOptions())
+        fitted, fit = fit_unit(walk, index, segment, options)
         like = next(model.parameters())
         conv = as_module(fitted, dtype=like.dtype, device=like.device)
         start, stop, last = walk.pairs[index - 1][0], walk.pairs[index][0], walk.pairs[-1][0]
@@ -106,10 +157,10 @@ def scan(
                 bent = run(linear, lines[start], lines[stop], value)[lines[stop]]
                 straight.add(truth, run(teacher, stop, last, bent)[last])
                 closed.add(truth, run(teacher, stop, last, conv(value))[last])
-        rows.append(
+        add(
             Sensitivity(
                 fit.unit,
-                known[segment.units[0]].kind,
+                known[fit.unit].kind,
                 straight.result(),
                 closed.result(),
                 fit.kernel,
@@ -118,9 +169,6 @@ def scan(
                 fit.macs_after,
             )
         )
-        if on_unit is not None:
-            on_unit(len(rows), len(names))
-    return rows
 
 
 def table(rows: Sequence[Sensitivity]) -> str:

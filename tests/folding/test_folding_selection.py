@@ -1,13 +1,15 @@
 """The sensitivity scan and the greedy choice, against folding by hand."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from test_folding_closed_form import IMAGES, network
+from torch import nn
 
 from pipeline.errors import FoldError, UnitError
-from pipeline.folding import closed_form_fold, closeness, linearise, scan, select_units
+from pipeline.folding import closed_form_fold, closeness, count, linearise, scan, select_units
 from pipeline.folding.sensitivity import plot, table
 
 CONTROL = torch.randn(24, 3, 16, 16, generator=torch.Generator().manual_seed(4))
@@ -72,6 +74,59 @@ def test_given_savings_decide_what_is_tried_first() -> None:
     assert [trial.saving for trial in chosen.trials] == [80.0, 0.5]
 
 
+class Chain(nn.Sequential):
+    """Convolutions and activations in turn, as in a VGG: a unit is one activation, and neighbours share a layer."""
+
+    def __init__(self, slope: float) -> None:
+        torch.manual_seed(0)
+        widths = [3, 4, 8, 8, 4]
+        layers = [
+            part
+            for entering, leaving in pairwise(widths)
+            for part in (nn.Conv2d(entering, leaving, 1), nn.LeakyReLU(slope))
+        ]
+        super().__init__(*layers[:-1], nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+
+
+def test_neighbours_that_share_a_layer_are_scanned_one_by_one_and_chosen_together() -> None:
+    model = Chain(0.3).eval()
+    rows = scan(model, IMAGES, CONTROL, batch_size=8)
+    assert [row.unit for row in rows] == ["1", "3", "5"]
+    for row in rows:
+        fitted = closed_form_fold(model, [row.unit], IMAGES, batch_size=8)
+        assert row.macs_after == fitted.units[0].macs_after
+        measured = closeness(model, fitted.model, CONTROL)
+        assert row.closed_form.kl == pytest.approx(measured.kl, rel=1e-3, abs=1e-7)
+    line = Chain(1.0).eval()
+    chosen = select_units(line, IMAGES, CONTROL, keep_agreement=1.0, batch_size=8, ridge=1e-9, kernels=(1,))
+    assert chosen.units == ("1", "3", "5")
+    assert chosen.result is not None
+    assert [fit.unit for fit in chosen.result.units] == ["1 + 3 + 5"]
+
+
+def test_a_unit_that_makes_the_whole_dearer_is_left() -> None:
+    """16 → 8 → 8 → 16 channels by 3×3, 1×1 and 3×3: each pair saves an eighth, one 5×5 of 16 to 16 costs thrice."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 1),
+        nn.MaxPool2d(2),
+        nn.Conv2d(16, 8, 3, padding=1),
+        nn.LeakyReLU(1.0),
+        nn.Conv2d(8, 8, 1),
+        nn.LeakyReLU(1.0),
+        nn.Conv2d(8, 16, 3, padding=1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    ).eval()
+    chosen = select_units(
+        model, IMAGES, CONTROL, keep_agreement=0.01, batch_size=8, max_macs_ratio=9.0, tolerance=0.0, ridge=1e-9
+    )
+    assert [trial.accepted for trial in chosen.trials] == [True, False]
+    assert chosen.units == (chosen.trials[0].unit,)
+    assert chosen.result is not None
+    assert count(chosen.result.model, IMAGES[:1]).macs < count(model, IMAGES[:1]).macs
+
+
 def test_nonsense_is_refused() -> None:
     with pytest.raises(FoldError, match="keep_agreement is 95"):
         select_units(network(0.1), IMAGES, CONTROL, keep_agreement=95)
@@ -80,5 +135,7 @@ def test_nonsense_is_refused() -> None:
             scan(network(0.1), *nothing)
     with pytest.raises(FoldError, match="to compare on"):
         closeness(network(0.1), network(0.1), [])
+    with pytest.raises(UnitError, match="'33' is no unit"):
+        scan(network(0.1), IMAGES, CONTROL, units=["1", "33"])
     with pytest.raises(UnitError, match="saves nothing"):
         select_units(network(0.1), IMAGES, CONTROL, keep_agreement=0.9, savings={"1": -1.0})
