@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -55,17 +57,36 @@ class Comparison:
         return Closeness(self.same / self.count, self.divergence / self.count, self.count)
 
 
+@contextmanager
+def _evaluating(*models: nn.Module) -> Iterator[None]:
+    """Puts networks in evaluation mode, and every module back in its own mode afterwards.
+
+    In training mode a norm would follow the images it sees, and so change the teacher that it is to be compared with.
+    """
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 def closeness(teacher: nn.Module, student: nn.Module, images: Images, *, batch_size: int = 32) -> Closeness:
-    """Compares the logits Tensor[N, classes] of two networks in evaluation mode.
+    """Compares the logits Tensor[N, classes] of two networks in evaluation mode; neither is changed.
 
     Args:
         teacher: The reference.
         student: The network compared.
         images: As for `closed_form_fold`; no labels are needed.
         batch_size: Batches that a tensor of images is cut into.
+
+    Raises:
+        FoldError: There are no images.
     """
     compared = Comparison()
-    with torch.no_grad():
+    with torch.no_grad(), _evaluating(teacher, student):
         for batch in as_batches(images, batch_size)():
             compared.add(teacher(batch), student(batch))
     return compared.result()

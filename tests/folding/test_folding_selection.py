@@ -1,5 +1,6 @@
 """The sensitivity scan and the greedy choice, against folding by hand."""
 
+import copy
 from itertools import pairwise
 from pathlib import Path
 
@@ -57,6 +58,18 @@ def test_the_choice_keeps_the_agreement_and_says_what_it_tried() -> None:
     accepted = {trial.unit for trial in chosen.trials if trial.accepted}
     assert accepted == set(chosen.units)
     assert all(trial.closeness.agreement < 0.8 for trial in chosen.trials if not trial.accepted)
+
+
+def test_a_teacher_in_training_mode_is_compared_in_evaluation_and_left_in_its_mode() -> None:
+    model, reference = network(0.1), network(0.1)
+    model.train()
+    model[1].eval()
+    before = copy.deepcopy(model.state_dict())
+    chosen = select_units(model, IMAGES, CONTROL, keep_agreement=0.5, batch_size=8, units=["1", "3"])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.training and model[2].training and not model[1].training
+    expected = select_units(reference, IMAGES, CONTROL, keep_agreement=0.5, batch_size=8, units=["1", "3"])
+    assert chosen.trials == expected.trials
 
 
 def test_linear_units_are_all_taken() -> None:
