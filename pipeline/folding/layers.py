@@ -15,7 +15,7 @@ from pipeline.folding.geometry import Axis
 from pipeline.folding.modules import BorderConv2d, PaddedConv2d
 from pipeline.folding.trace import is_activation, shape_of
 
-__all__ = ["Layer", "as_passing", "conv_of", "is_affine", "is_window", "read_layers", "ring_entries"]
+__all__ = ["Layer", "as_passing", "conv_of", "is_affine", "is_sum", "is_window", "read_layers", "ring_entries"]
 
 _ADDS: tuple[object, ...] = (operator.add, operator.iadd, torch.add, "add", "add_")
 _SUBTRACTIONS: tuple[object, ...] = (operator.sub, operator.isub, torch.sub, "sub", "sub_")
@@ -114,6 +114,15 @@ def is_affine(node: fx.Node, traced: fx.GraphModule) -> bool:
     if node.target in _ADDS + _SUBTRACTIONS:
         return True
     return node.target in _NOTHINGS + _PRODUCTS + _QUOTIENTS and len(operands) == 1
+
+
+def is_sum(node: fx.Node) -> bool:
+    """Whether a node adds two different values of one shape, and nothing else."""
+    sources = node.all_input_nodes
+    plain = node.target in _ADDS and not node.kwargs and len(node.args) == 2
+    if any(source.op == "get_attr" for source in sources):
+        return False
+    return plain and len(sources) == 2 and shape_of(sources[0]) == shape_of(sources[1]) == shape_of(node)
 
 
 def as_passing(node: fx.Node) -> Layer:

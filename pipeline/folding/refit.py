@@ -2,7 +2,8 @@
 
 Each convolution is regressed, on what it now gets from the student, against what the teacher gave at the same place;
 the ridge draws it to its old weights. A convolution that ends a residual branch is fitted to the teacher's *sum* less
-the student's shortcut, so it also mends what the shortcut carries along.
+the student's shortcut, so it also mends what the shortcut carries along. One that ends in anything else (a
+concatenation, a gate's product) is fitted to its own output in the teacher.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from pipeline.folding.algebra import AffineConv
-from pipeline.folding.layers import conv_of
+from pipeline.folding.layers import conv_of, is_sum
 from pipeline.folding.normal_equations import NormalEquations, Window
 from pipeline.folding.walk import Walk, run, value_name
 
@@ -62,7 +63,7 @@ def _pairs(walk: Walk, stop: int, node: fx.Node) -> _Pairs | None:
     """Starts passes over (input of the student's layer, output that it should give); None without a counterpart."""
     teacher_nodes = {value_name(other): other for other in walk.teacher.graph.nodes}
     source = node.all_input_nodes[0]
-    sums = [user for user in node.users if len(user.all_input_nodes) == 2 and len(node.users) == 1]
+    sums = [user for user in node.users if is_sum(user) and len(node.users) == 1]
     aim, shortcut = node, None
     if sums and value_name(sums[0]) in teacher_nodes:
         aim = sums[0]
