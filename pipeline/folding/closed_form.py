@@ -130,7 +130,8 @@ def closed_form_fold(
         refit_ridge: Pull of a refitted layer to its old weights.
         windows: Fine-tunes each unit with the block behind it against the teacher's values there, before the next
             unit is fitted; the only part that needs gradients. Off where None.
-        held_out: Every so many-th batch is kept for the residuals and the choice of kernel.
+        held_out: Every so many-th batch is kept for the residuals and the choice of kernel, to which the kernel
+            chosen is then fitted as well; of a set with fewer batches, every so many-th image.
         samples: Pixels to use for each unknown of a system, at most; more cost time and change little.
         batch_size: Batches that a tensor of images is cut into.
         cache_mb: Memory for values between passes. A set that needs more is run from the start in every pass.
@@ -266,10 +267,10 @@ def _accumulate(walk: Walk, index: int, window: Window, options: FitOptions) -> 
     positions = max(-(-options.samples * window.unknowns // walk.images), 1)
     sums, control = (NormalEquations(window, positions=positions, seed=options.seed + part) for part in (0, 1))
     from_teacher, to_teacher = walk.pairs[index - 1][0], walk.pairs[index][0]
-    for number, (of_teacher, of_student) in enumerate(walk.batches(), start=1):
+    for of_teacher, of_student, held in walk.parts(options.held_out):
         with torch.no_grad():
             target = run(walk.teacher, from_teacher, to_teacher, of_teacher)[to_teacher]
-        (sums if number % options.held_out else control).add(of_student, target)
+        (control if held else sums).add(of_student, target)
     return sums, control if control.count else sums
 
 

@@ -188,6 +188,23 @@ class Walk:
         for batch in self._images():
             yield self._both(batch, batch, first, here)
 
+    def parts(self, held_out: int) -> Iterator[tuple[Tensor, Tensor, bool]]:
+        """Values (teacher's, student's) at the present cut, and whether they are of images to hold out.
+
+        Every so many-th batch is held out; of a set with fewer batches, every so many-th image; of a set with fewer
+        images, none.
+        """
+        before = 0
+        for number, (of_teacher, of_student) in enumerate(self.batches(), start=1):
+            if self.batch_count >= held_out:
+                yield of_teacher, of_student, number % held_out == 0
+                continue
+            index = torch.arange(before + 1, before + of_teacher.shape[0] + 1, device=of_teacher.device)
+            before += of_teacher.shape[0]
+            for part, held in ((index % held_out != 0, False), (index % held_out == 0, True)):
+                if part.any():
+                    yield of_teacher[part], of_student[part], held
+
     def _both(
         self,
         of_teacher: Tensor,

@@ -119,7 +119,7 @@ def tune(
         stop: Cut whose values the student should have.
         units: Names, for the record.
         options: Steps and rates.
-        held_out: Every so many-th batch of the walk is not trained on; with fewer batches all are.
+        held_out: Every so many-th batch of the walk is not trained on; with fewer batches, every so many-th image.
         on_step: Called with (steps done, steps in all).
     """
     inside = [
@@ -177,11 +177,14 @@ def _student(walk: Walk, stop: int, inputs: Tensor) -> Tensor:
     return run(walk.student, walk.pairs[walk.at][1], node, inputs)[node]
 
 
-def _pairs(walk: Walk, stop: int, wanted: Callable[[int], bool]) -> Iterator[tuple[Tensor, Tensor]]:
-    """One pass over (student's value here, teacher's value at `stop`) of the wanted batches, counted from 1."""
+def _pairs(walk: Walk, stop: int, held_out: int, *, held: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    """One pass over (student's value here, teacher's value at `stop`) of the images held out, or of the others.
+
+    Of fewer images than `held_out`, all are both.
+    """
     here, there = walk.pairs[walk.at][0], walk.pairs[stop][0]
-    for number, (of_teacher, of_student) in enumerate(walk.batches(), start=1):
-        if wanted(number):
+    for of_teacher, of_student, kept in walk.parts(held_out):
+        if kept == held or walk.images < held_out:
             with torch.no_grad():
                 target = run(walk.teacher, here, there, of_teacher)[there]
             yield of_student, target
@@ -192,15 +195,10 @@ def _samples(walk: Walk, stop: int, options: WindowOptions, held_out: int) -> It
 
     Where the walk keeps its values in memory, the images of each are drawn from all; else they come as they are read.
     """
-    few = walk.batch_count < held_out
-
-    def training(number: int) -> bool:
-        return few or number % held_out != 0
-
     while not walk.keeps_values:
-        yield from _pairs(walk, stop, training)
+        yield from _pairs(walk, stop, held_out, held=False)
     generator = torch.Generator().manual_seed(options.seed)
-    everything = list(_pairs(walk, stop, training))
+    everything = list(_pairs(walk, stop, held_out, held=False))
     inputs, targets = (torch.cat([pair[part] for pair in everything]) for part in (0, 1))
     while True:
         chosen = torch.randint(inputs.shape[0], (options.batch,), generator=generator)
@@ -208,11 +206,10 @@ def _samples(walk: Walk, stop: int, options: WindowOptions, held_out: int) -> It
 
 
 def _error(walk: Walk, stop: int, held_out: int) -> float:
-    """Mean squared error at `stop` over the variance of the teacher's value there, on the batches held out."""
-    few = walk.batch_count < held_out
+    """Mean squared error at `stop` over the variance of the teacher's value there, on the images held out."""
     squares, total, power, count = 0.0, 0.0, 0.0, 0
     with torch.no_grad():
-        for inputs, target in _pairs(walk, stop, lambda number: few or number % held_out == 0):
+        for inputs, target in _pairs(walk, stop, held_out, held=True):
             squares += float((_student(walk, stop, inputs) - target).double().square().sum())
             total += float(target.double().sum())
             power += float(target.double().square().sum())

@@ -212,6 +212,31 @@ def test_units_of_any_window_are_recovered(shape: tuple[Any, Any]) -> None:
     assert (result.model(IMAGES.double()) - model(IMAGES.double())).abs().max() < 1e-6
 
 
+def test_few_batches_still_leave_images_to_judge_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One batch of twelve images, of which the fifth and the tenth are kept: the residual is theirs alone."""
+    images = IMAGES[:12].double()
+    fitted = closed_form_fold(network(0.0).double(), ["1"], images, kernels=(3,), samples=10**6).units[0]
+    monkeypatch.setattr(NormalEquations, "merged", lambda sums, _: sums)  # what was judged, before all are fitted to
+    model = network(0.0).double()
+    result = closed_form_fold(model, ["1"], images, kernels=(3,), samples=10**6)
+    with torch.no_grad():
+        before, after = (model[0](images[4::5]), model[:2](images[4::5]))
+        error = (result.model.get_submodule("1")(before) - after).square().mean(dim=(0, 2, 3)).sum()
+    assert fitted.residual == pytest.approx(float(error / after.var(dim=(0, 2, 3), correction=0).sum()), rel=1e-6)
+
+
+@pytest.mark.parametrize(("images", "batch", "expected"), [(40, 8, 8), (12, 12, 2), (7, 3, 1), (4, 4, 0)])
+def test_what_is_held_out_is_a_fifth(images: int, batch: int, expected: int) -> None:
+    traced = closed_form_fold(network(0.1), ["1"], IMAGES, batch_size=8).model
+    walk = Walk(traced, traced, as_batches(IMAGES[:images], batch), cache_bytes=0)
+    walk.advance(0)
+    counts = {True: 0, False: 0}
+    for of_teacher, of_student, held in walk.parts(5):
+        assert of_teacher.shape[0] == of_student.shape[0] > 0
+        counts[held] += of_teacher.shape[0]
+    assert counts == {True: expected, False: images - expected}
+
+
 def test_the_model_is_untouched_and_every_weight_finite() -> None:
     model = network(0.1)
     before = copy.deepcopy(model.state_dict())
