@@ -32,7 +32,7 @@ _SPECS = (
     _StageSpec(
         "baseline", ("seed", "model", "preprocess", "data", "baseline"), (), ("data", "weights"), code_version=2
     ),
-    _StageSpec("prefold", ("prefold",), ("baseline",), code_version=2),
+    _StageSpec("prefold", ("prefold",), ("baseline",), code_version=3),
     _StageSpec("fold", ("fold",), ("baseline", "prefold"), code_version=3),
     _StageSpec("postfold", ("postfold",), ("baseline", "fold")),
     _StageSpec("export", ("export",), ("baseline", "postfold"), code_version=4),

@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp, TensorMetadata
 from torch.fx.proxy import TraceError as FxTraceError
 
 from pipeline.errors import TraceError
@@ -113,21 +112,44 @@ def trace(model: nn.Module, example_input: Tensor | None = None) -> fx.GraphModu
     traced.graph.eliminate_dead_code()
     traced.recompile()
     if example_input is not None:
+        shapes = _Shapes(traced)
         try:
             with torch.no_grad():
-                ShapeProp(traced).propagate(example_input)
-        except RuntimeError as error:
+                shapes.run(example_input)
+        except _TRACING_FAILURES as error:
+            kind = f"shape {tuple(example_input.shape)} and {example_input.dtype}"
+            where = f" in {shapes.at}" if shapes.at else ""
             raise TraceError(
-                f"{type(model).__name__} fails on an example of shape {tuple(example_input.shape)}: {_summary(error)}",
+                f"{type(model).__name__} fails on an example of {kind}{where}: {_summary(error)}",
                 hint="pass an example input of the size and dtype that the model takes",
             ) from error
     return traced
 
 
+class _Shapes(fx.Interpreter):
+    """Runs a graph and notes the shape of every value. (torch's own ShapeProp prints a traceback where that fails.)
+
+    Args:
+        traced: The graph.
+    """
+
+    def __init__(self, traced: fx.GraphModule) -> None:
+        super().__init__(traced)
+        self.extra_traceback = False
+        self.at = ""
+
+    def run_node(self, n: fx.Node) -> Any:
+        """See torch.fx.Interpreter; remembers the layer that runs."""
+        self.at = module_path(n)
+        result = super().run_node(n)
+        if isinstance(result, Tensor):
+            n.meta["shape"] = tuple(result.shape)
+        return result
+
+
 def shape_of(node: fx.Node) -> tuple[int, ...] | None:
     """Shape of a node's value on the example input, or None where it is no tensor or no example was given."""
-    meta = node.meta.get("tensor_meta")
-    return tuple(meta.shape) if isinstance(meta, TensorMetadata) else None
+    return cast(tuple[int, ...] | None, node.meta.get("shape"))
 
 
 def module_path(node: fx.Node) -> str:

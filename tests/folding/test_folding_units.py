@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.errors import UnitError
+from pipeline.errors import TraceError, UnitError
 from pipeline.folding import count, find_activations, find_units, fold, linearise
 
 INPUT = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
@@ -129,3 +129,12 @@ def test_the_published_fold_sets_save_what_was_published(name: str, indices: lis
     merged = {segment.name: segment for segment in result.segments if segment.windows > 1}
     assert list(merged) == units
     assert all(segment.kernel == (3, 3) and segment.groups == 1 for segment in merged.values())
+
+
+def test_an_example_that_fails_names_the_layer_and_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.Conv2d(5, 4, 1)))
+    with pytest.raises(TraceError, match=r"\(1, 3, 8, 8\) and torch.float32 in 1\.0: .*expected input.* to have 5"):
+        count(model, torch.zeros(1, 3, 8, 8))
+    with pytest.raises(TraceError, match=r"torch\.uint8 in 0: "):
+        count(model, torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+    assert capfd.readouterr() == ("", "")
