@@ -20,9 +20,9 @@ from pipeline.folding.algebra import AffineConv
 from pipeline.folding.checks import check_at_least, check_one_of
 from pipeline.folding.fold import FoldResult, Segment, fold
 from pipeline.folding.geometry import Axis
-from pipeline.folding.layers import conv_of
 from pipeline.folding.modules import as_module
 from pipeline.folding.normal_equations import NormalEquations, Window
+from pipeline.folding.reading import conv_of
 from pipeline.folding.refit import Refit, refit_between
 from pipeline.folding.trace import shape_of
 from pipeline.folding.units import linearise

@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from pipeline.folding.algebra import AffineConv
+from pipeline.folding.calls import is_constant
 from pipeline.folding.graph import Element, Parallel, Single
 from pipeline.folding.layers import Layer
 from pipeline.folding.modules import PaddedConv2d, as_linear, as_module
@@ -19,7 +20,8 @@ from pipeline.folding.trace import module_path, shape_of
 
 __all__ = ["Segment", "emit"]
 
-_PLAIN = (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.AvgPool2d, nn.ZeroPad2d, PaddedConv2d)
+_PLAIN = (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.AvgPool2d)
+_PADS = (nn.ConstantPad2d, nn.ZeroPad2d, PaddedConv2d)
 
 
 @dataclass(frozen=True)
@@ -90,19 +92,30 @@ def emit(pieces: Iterable[Piece], traced: fx.GraphModule, rules: Rules) -> list[
         if replacement is not out:
             out.replace_all_uses_with(replacement)
         values[out] = replacement
+        constants = [source for node in piece.nodes for source in node.all_input_nodes if is_constant(source)]
         for node in reversed(piece.nodes):
             if node is not replacement and not node.users:
                 traced.graph.erase_node(node)
+        _erase_unused(constants, traced)
     traced.graph.lint()
     traced.delete_all_unused_submodules()
     traced.recompile()
     return segments
 
 
+def _erase_unused(constants: Iterable[fx.Node], traced: fx.GraphModule) -> None:
+    """Erases parameters that went into a kernel, and what rearranged them."""
+    for node in dict.fromkeys(constants):
+        if not node.users:
+            sources = node.all_input_nodes
+            traced.graph.erase_node(node)
+            _erase_unused(sources, traced)
+
+
 def _is_plain(layer: Layer, traced: fx.GraphModule) -> bool:
     """Whether a lone layer can stay: its class is torch's or ours, so the folded model needs no other package."""
     node = layer.node
-    return node.op != "call_module" or type(traced.get_submodule(str(node.target))) in _PLAIN
+    return node.op != "call_module" or type(traced.get_submodule(str(node.target))) in _PLAIN + _PADS
 
 
 def _compose(elements: tuple[Element, ...], rules: Rules) -> AffineConv:
@@ -133,9 +146,9 @@ def _compose_element(element: Element, rules: Rules) -> AffineConv:
     return known[element.nodes[-1]]
 
 
-def _signed_sum(branches: list[AffineConv], signs: tuple[int, ...]) -> AffineConv:
+def _signed_sum(branches: list[AffineConv], signs: tuple[float, ...]) -> AffineConv:
     return AffineConv.add(
-        [branch if sign > 0 else branch.scaled(sign) for branch, sign in zip(branches, signs, strict=True)]
+        [branch if sign == 1 else branch.scaled(sign) for branch, sign in zip(branches, signs, strict=True)]
     )
 
 
@@ -163,7 +176,12 @@ def _name(piece: Piece, traced: fx.GraphModule, rules: Rules) -> str:
     if len(set(named)) > 1:
         shared = [unit for unit in rules.units or () if all(f"{path}.".startswith(f"{unit}.") for path in named)]
         common = shared[0] if shared else _common_module(named)
-        others = [node for node in traced.graph.nodes if node.op == "call_module" and node not in piece.nodes]
+        inside = set(piece.nodes)
+        others = [
+            node
+            for node in traced.graph.nodes
+            if (node.op == "call_module" and node not in inside) or (node.op == "get_attr" and _is_read(node, inside))
+        ]
         beneath = [node for node in others if f"{node.target}.".startswith(f"{common}.")]
         if common and not beneath:
             return common
@@ -174,6 +192,11 @@ def _name(piece: Piece, traced: fx.GraphModule, rules: Rules) -> str:
     while name in taken:
         name, index = f"{first}_{index}", index + 1
     return name
+
+
+def _is_read(constant: fx.Node, inside: set[fx.Node]) -> bool:
+    """Whether a parameter, or one made of it, is read by nodes that are not inside."""
+    return any(_is_read(user, inside) if is_constant(user) else user not in inside for user in constant.users)
 
 
 def _common_module(paths: list[str]) -> str:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from pipeline.folding.algebra import AffineConv
-from pipeline.folding.layers import conv_of, is_sum
+from pipeline.folding.calls import is_sum
 from pipeline.folding.normal_equations import NormalEquations, Window
+from pipeline.folding.reading import conv_of
 from pipeline.folding.walk import Walk, run, value_name
 
 __all__ = ["Refit", "refit_between"]

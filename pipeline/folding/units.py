@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from pipeline.errors import UnitError, nearest
+from pipeline.folding.calls import is_constant
 from pipeline.folding.graph import find_regions
 from pipeline.folding.layers import Layer, as_passing, is_affine, is_window
 from pipeline.folding.trace import is_activation, trace
@@ -163,7 +164,7 @@ def _obstacle(nodes: Sequence[fx.Node], inner: list[fx.Node], last: set[fx.Node]
             return f"{node.target} is called at several places: give each its own module"
     members = set(nodes)
     for node in nodes:
-        if node not in inner and node not in last and node.op != "get_attr" and not is_affine(node, traced):
+        if node not in inner and node not in last and not is_constant(node) and not is_affine(node, traced):
             return f"{_describe(node, traced)} is not linear"
     outside = {source for node in nodes for source in node.all_input_nodes if source not in members}
     if len(outside) != 1:

@@ -12,7 +12,7 @@ from torch import nn
 from pipeline.errors import FoldError
 from pipeline.folding.algebra import AffineConv
 from pipeline.folding.geometry import Axis
-from pipeline.folding.layers import conv_of
+from pipeline.folding.reading import conv_of
 
 
 @st.composite
