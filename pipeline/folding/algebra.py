@@ -8,12 +8,14 @@ linear region with one entry and one exit is one affine convolution.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import reduce
 from math import gcd
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.errors import FoldError
 from pipeline.folding.geometry import Axis
 from pipeline.folding.spec import ConvSpec
 
@@ -79,6 +81,40 @@ class AffineConv:
         weight = torch.ones(channels, 1, 1, 1, dtype=torch.float64)
         row, col = (Axis.fixed(1, low=low, high=high) for low, high in (rows, cols))
         return cls.conv(weight, None, row, col, groups=channels)
+
+    @classmethod
+    def from_module(cls, module: nn.Module, channels: int | None = None) -> AffineConv:
+        """What a layer computes in evaluation.
+
+        Args:
+            module: Conv2d (timm's SAME convolutions too), Linear, BatchNorm, Identity, AvgPool2d, zero padding,
+                dropout.
+            channels: Channels that enter; needed where the module does not say.
+
+        Raises:
+            FoldError: The layer is not affine, or does not say how many channels it takes.
+        """
+        from pipeline.folding.reading import conv_of  # which is built on this class
+
+        told = (getattr(module, name, None) for name in ("in_channels", "num_features", "in_features"))
+        channels = channels or next((count for count in told if isinstance(count, int)), None)
+        if channels is None:
+            raise FoldError(f"{type(module).__name__} does not say how many channels it takes", hint="give channels=…")
+        conv = conv_of(module, channels)
+        if conv is None:
+            raise FoldError(f"{type(module).__name__} is no affine convolution")
+        return conv
+
+    @staticmethod
+    def compose(*layers: AffineConv) -> AffineConv:
+        """The layers one after the other, the first one first; see `then`.
+
+        Raises:
+            FoldError: There is none, or channel counts do not meet.
+        """
+        if not layers:
+            raise FoldError("nothing to compose", hint="AffineConv.identity(channels) changes nothing")
+        return reduce(AffineConv.then, layers)
 
     @property
     def total_bias(self) -> Tensor:

@@ -210,3 +210,24 @@ def test_modules_are_read_as_they_run(module: nn.Module, channels: int) -> None:
 )
 def test_what_is_no_convolution_is_not_read_as_one(module: nn.Module) -> None:
     assert conv_of(module.eval(), 4) is None
+
+
+def test_modules_compose_as_they_run_one_after_the_other() -> None:
+    layers = [nn.Conv2d(4, 6, 3, bias=False), nn.BatchNorm2d(6), nn.Identity(), nn.AvgPool2d(2), nn.Conv2d(6, 2, 1)]
+    model = nn.Sequential(*layers).double().eval()
+    composite = AffineConv.compose(
+        *(AffineConv.from_module(layer, 6 if index else 4) for index, layer in enumerate(layers))
+    )
+    x = torch.randn(2, 4, 9, 8, dtype=torch.float64)
+    torch.testing.assert_close(composite(x), model(x), rtol=0, atol=1e-12)
+    assert AffineConv.from_module(nn.BatchNorm2d(6)).spec.in_channels == 6
+
+
+def test_what_is_not_affine_is_no_convolution() -> None:
+    for module, words in ((nn.ReLU(), "ReLU does not say"), (nn.LSTM(2, 2), "LSTM does not say")):
+        with pytest.raises(FoldError, match=words):
+            AffineConv.from_module(module)
+    with pytest.raises(FoldError, match="MaxPool2d is no affine"):
+        AffineConv.from_module(nn.MaxPool2d(2), 4)
+    with pytest.raises(FoldError, match="nothing to compose"):
+        AffineConv.compose()
