@@ -95,7 +95,7 @@ def fold(
     check_one_of("policy", policy, get_args(Policy))
     check_one_of("norms", norms, ("fuse", "keep"))
     units = [units] if isinstance(units, str) else units
-    known = dict(model.named_modules())
+    known = dict(model.named_modules(remove_duplicate=False))
     for unit in units or ():
         if unit not in known:
             raise UnitError(f"unit {unit!r} is no module of {type(model).__name__}", hint=nearest(unit, known))

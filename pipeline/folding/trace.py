@@ -164,7 +164,14 @@ def module_path(node: fx.Node) -> str:
 
 
 def _taken_apart(model: nn.Module) -> nn.Module:
-    """Splits norms that carry their activation, in place."""
+    """Splits norms that carry their activation, and activations registered under several names, in place."""
+    places: dict[int, str] = {}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        # Without parameters there is nothing that two places share: each name is a layer of its own.
+        own = is_activation(module) and not any(True for _ in module.parameters())
+        if own and places.setdefault(id(module), name) != name:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, copy.copy(module))
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.BatchNorm2d) and isinstance(getattr(module, "act", None), nn.Module):
             parent, _, child = name.rpartition(".")

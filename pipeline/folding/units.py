@@ -97,7 +97,8 @@ def linearise(model: nn.Module, names: Iterable[str]) -> nn.Module:
         UnitError: A name is unknown, holds no activation, or is a unit that is not linear without them either.
     """
     names = [names] if isinstance(names, str) else list(names)
-    modules = dict(model.named_modules())
+    # One module may be registered at several places; each place has a name, and only the named ones become linear.
+    modules = dict(model.named_modules(remove_duplicate=False))
     units: dict[str, Unit] | None = None
     chosen: list[str] = []
     for name in names:

@@ -73,6 +73,20 @@ def test_a_shared_activation_is_no_unit() -> None:
     assert "several places" in units[0].reason
 
 
+def test_one_activation_registered_at_several_places_has_a_name_at_each() -> None:
+    relu = nn.ReLU()
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), relu, nn.Conv2d(4, 4, 3), relu, nn.Conv2d(4, 2, 3))
+    assert find_activations(model) == ["1", "3"]
+    assert [(unit.name, unit.foldable) for unit in find_units(model)] == [("1", True), ("3", True)]
+    for name, kept in (("1", "3"), ("3", "1")):
+        linear = linearise(model, [name])
+        assert isinstance(linear.get_submodule(name), nn.Identity)
+        assert isinstance(linear.get_submodule(kept), nn.ReLU)
+        folded = fold(linear, INPUT, units=[name]).model
+        assert [m.kernel_size for m in folded.modules() if isinstance(m, nn.Conv2d)].count((5, 5)) == 1
+    assert model[1] is model[3] is relu
+
+
 def test_linearise_copies_and_takes_units_modules_and_activations() -> None:
     model = timm.create_model("mobilenetv2_035").eval()
     depth = count(model, INPUT).depth
