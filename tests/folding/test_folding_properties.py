@@ -43,12 +43,16 @@ def randomise(model: nn.Module, seed: int) -> nn.Module:
 
 @st.composite
 def layers(
-    draw: st.DrawFn, in_channels: int, *, out_channels: int | None = None, keep_size: bool = False
+    draw: st.DrawFn, in_channels: int, room: int, *, out_channels: int | None = None, stride: int | None = None
 ) -> list[nn.Module]:
-    """A convolution with its padding, perhaps a norm and a dropped activation after it."""
-    kernel = draw(st.sampled_from([1, 3, 5] if keep_size else [1, 2, 3, 4, 5]))
+    """A convolution with its padding, perhaps a norm and a dropped activation after it.
+
+    Its taps lie at most `room` pixels apart. With a given stride it is padded such that n pixels become ⌈n / stride⌉.
+    """
+    fits = stride is not None
     dilation = draw(st.integers(1, 2))
-    stride = 1 if keep_size else draw(st.integers(1, 2))
+    kernel = draw(st.sampled_from([k for k in ([1, 3, 5] if fits else range(1, 6)) if dilation * (k - 1) <= room]))
+    stride = stride or draw(st.integers(1, 2))
     groups = draw(
         st.sampled_from([g for g in (1, 2, in_channels) if not in_channels % g and not (out_channels or g) % g])
     )
@@ -60,11 +64,11 @@ def layers(
         conv: nn.Module = Conv2dSame(in_channels, out, kernel, stride, 0, dilation, groups=groups, bias=bias)
         made: list[nn.Module] = [conv]
     elif style == "symmetric":
-        padding = reach // 2 if keep_size else draw(st.integers(0, reach // 2 + 1))
+        padding = reach // 2 if fits else draw(st.integers(0, reach // 2 + 1))
         made = [nn.Conv2d(in_channels, out, kernel, stride, padding, dilation, groups, bias)]
     else:
-        low = reach // 2 if keep_size else draw(st.integers(0, 2))
-        pads = (low, reach - low if keep_size else draw(st.integers(0, 2)))
+        low = draw(st.integers(0, reach if fits else 2))
+        pads = (low, reach - low if fits else draw(st.integers(0, 2)))
         made = [
             nn.ZeroPad2d((*pads, *pads)),
             nn.Conv2d(in_channels, out, kernel, stride, 0, dilation, groups, bias),
@@ -76,27 +80,53 @@ def layers(
     return made
 
 
+def convolution(made: list[nn.Module]) -> nn.Conv2d:
+    return next(module for module in made if isinstance(module, nn.Conv2d))
+
+
+def span(made: list[nn.Module]) -> int:
+    """Pixels between the first and the last tap."""
+    conv = convolution(made)
+    return conv.dilation[0] * (conv.kernel_size[0] - 1)
+
+
+@st.composite
+def residuals(draw: st.DrawFn, width: int, room: int, count: int) -> tuple[nn.Module, int, int]:
+    """A residual block of `count` convolutions beside its shortcut; returns its stride and its room as well."""
+    strided = draw(st.sampled_from([None, *range(count)]))
+    body: list[nn.Module] = []
+    inner, stride, used = width, 1, 0
+    for index in range(count):
+        step = 2 if index == strided else 1
+        out = width if index == count - 1 else None
+        made = draw(layers(inner, (room - used) // stride, out_channels=out, stride=step))
+        used, stride, inner = used + stride * span(made), stride * step, convolution(made).out_channels
+        body += made
+    shortcut = draw(layers(width, room, out_channels=width, stride=stride))
+    plain = stride == 1 and draw(st.booleans())
+    return (
+        Residual(nn.Sequential(*body), None if plain else nn.Sequential(*shortcut)),
+        stride,
+        max(used, span(shortcut)),
+    )
+
+
 @st.composite
 def networks(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
+    """One to five convolutions, in a chain, in residual blocks (shortcuts not counted), or both."""
     channels = draw(st.sampled_from([2, 4]))
     parts: list[nn.Module] = []
-    width = channels
-    for _ in range(draw(st.integers(1, 2))):
+    width, left, stride, room = channels, draw(st.integers(1, 5)), 1, 42  # what lies further apart has no inside
+    while left:
         if draw(st.booleans()):
-            body: list[nn.Module] = []
-            count = draw(st.integers(1, 3))
-            inner = width
-            for index in range(count):
-                made = draw(layers(inner, out_channels=width if index == count - 1 else None, keep_size=True))
-                inner = next(m.out_channels for m in made if isinstance(m, nn.Conv2d))
-                body += made
-            shortcut = nn.Sequential(*draw(layers(width, out_channels=width, keep_size=True)))
-            parts.append(Residual(nn.Sequential(*body), shortcut if draw(st.booleans()) else None))
+            count = draw(st.integers(1, left))
+            block, step, used = draw(residuals(width, room // stride, count))
+            parts.append(block)
         else:
-            for _ in range(draw(st.integers(1, 2))):
-                made = draw(layers(width))
-                width = next(m.out_channels for m in made if isinstance(m, nn.Conv2d))
-                parts += made
+            count, made = 1, draw(layers(width, room // stride))
+            step, used, width = convolution(made).stride[0], span(made), convolution(made).out_channels
+            parts += made
+        left, room, stride = left - count, room - used * stride, stride * step
     model = randomise(nn.Sequential(*parts), draw(st.integers(0, 2**31)))
     height, across = 48 + draw(st.integers(0, 3)), 48 + draw(st.integers(0, 3))
     return model, torch.randn(1, channels, height, across, dtype=torch.float64)
