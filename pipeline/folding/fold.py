@@ -18,6 +18,7 @@ from pipeline.folding.layers import Layer, read_layers, ring_entries
 from pipeline.folding.partition import Partition, partition
 from pipeline.folding.rules import Border, LatencyModel, Policy, Rules
 from pipeline.folding.trace import module_path, trace
+from pipeline.folding.units import linearised
 
 __all__ = ["FoldResult", "Segment", "Skipped", "fold"]
 
@@ -77,8 +78,10 @@ def fold(
             "cheapest" in place of MACs. Any unit.
         units: Names of units or activations. Convolutions that follow each other are then merged only inside
             one of these units or across one of these activations; everywhere else norms and reparameterised
-            branches are fused and nothing more. Without it the linear bottleneck of a MobileNetV2 makes one
-            region of a projection and the next block's expansion.
+            branches are fused and nothing more. None means the units that `linearise` took the activations from where
+            the network is made of published blocks (`Unit.kind`), and no limit otherwise. (Without a limit the linear
+            bottleneck of a MobileNetV2 makes one dense region of a projection and the next block's expansion; name
+            the module around the blocks to have that.)
         norms: "fuse", or "keep" to leave each BatchNorm outside the named units in place, for training after
             the fold.
 
@@ -95,6 +98,8 @@ def fold(
     check_one_of("policy", policy, get_args(Policy))
     check_one_of("norms", norms, ("fuse", "keep"))
     units = [units] if isinstance(units, str) else units
+    if units is None:
+        units = linearised(model) or None
     known = dict(model.named_modules(remove_duplicate=False))
     for unit in units or ():
         if unit not in known:

@@ -15,7 +15,7 @@ from pipeline.folding.graph import find_regions
 from pipeline.folding.layers import Layer, as_passing, is_affine, is_window
 from pipeline.folding.trace import is_activation, trace
 
-__all__ = ["Unit", "find_activations", "find_units", "linearise"]
+__all__ = ["Unit", "find_activations", "find_units", "linearise", "linearised"]
 
 # Class names are shared by timm, torchvision and most published code.
 _KINDS = {
@@ -101,27 +101,41 @@ def linearise(model: nn.Module, names: Iterable[str]) -> nn.Module:
     modules = dict(model.named_modules(remove_duplicate=False))
     units: dict[str, Unit] | None = None
     chosen: list[str] = []
+    recorded = list(linearised(model))
     for name in names:
         if name not in modules or not name:
             raise UnitError(f"{name!r} is no module of {type(model).__name__}", hint=nearest(name, modules))
         if is_activation(modules[name]):
             chosen.append(name)
+            recorded.append(name)
             continue
         units = {unit.name: unit for unit in find_units(model)} if units is None else units
         if unit := units.get(name):
             if not unit.foldable:
                 raise UnitError(f"unit {name!r} cannot become linear: {unit.reason}")
             chosen += unit.activations
+            recorded.append(name)
             continue
         below = [path for path, module in modules.items() if path.startswith(f"{name}.") and is_activation(module)]
         if not below:
             raise UnitError(f"{name!r} holds no activation", hint="name a unit or an activation module")
         chosen += below
+        recorded += below
     linear = copy.deepcopy(model)
+    if any(type(module).__name__ in _KINDS for module in modules.values()):
+        linear._linearised = tuple(dict.fromkeys(recorded))  # type: ignore[assignment]
     for path in chosen:
         parent, _, child = path.rpartition(".")
         setattr(linear.get_submodule(parent), child, nn.Identity())
     return linear
+
+
+def linearised(model: nn.Module) -> tuple[str, ...]:
+    """Units and activations of a network of blocks that `linearise` took away; `fold` merges inside these.
+
+    Such networks have linear layers on both sides of a block's end, which nobody asked to merge. Empty for others.
+    """
+    return tuple(getattr(model, "_linearised", ()))
 
 
 def _activation_nodes(traced: fx.GraphModule) -> list[fx.Node]:

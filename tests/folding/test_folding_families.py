@@ -73,6 +73,23 @@ def test_every_linear_unit_of_a_mobile_network_is_one_convolution(name: str) -> 
         assert skip.reason and not any(all(f"{n}.".startswith(f"{unit}.") for n in skip.names) for unit in foldable)
 
 
+def test_units_need_not_be_named_again() -> None:
+    """What `linearise` took apart is what `fold` puts together, by unit or by activation: a convolution for each."""
+    model = double("mobilenetv2_035")
+    units = find_units(model)
+    chosen = [unit.name for unit in units[3:6]]
+    activations = [name for unit in units[3:6] for name in unit.activations]
+    for names in (chosen, activations):
+        linear = linearise(model, names)
+        result = fold(linear, X, border="exact")
+        assert_equal_everywhere(result, linear, (X,))
+        assert [unit.name for unit in units if len(convs(result.model, unit.name)) == 1] == chosen
+    # Blocks end without an activation: what one unit leaves to the next stays apart unless the two are named as one.
+    stage = linearise(model, [unit.name for unit in units if unit.name.startswith("blocks.1.")])
+    assert len(convs(fold(stage, X).model, "blocks.1")) == 2
+    assert len(convs(fold(stage, X, units=["blocks.1"]).model, "blocks.1")) == 1
+
+
 @pytest.mark.parametrize("name", [pytest.param("resnet18"), pytest.param("resnet34", marks=pytest.mark.slow)])
 def test_basic_blocks_fold_as_composed_and_are_listed_where_the_border_must_be_exact(name: str) -> None:
     model = double(name)
