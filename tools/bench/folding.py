@@ -1,6 +1,6 @@
 """Time to fold MobileNetV2-1.0's five published units, against probing each unit with impulses.
 
-    python tools/bench/folding.py --out tools/bench/results/folding.json
+    python tools/bench/folding.py --rounds 7 --out tools/bench/results/folding.json
 
 Ways to the same five convolutions, interleaved:
 
@@ -114,7 +114,7 @@ def measure(rounds: int) -> dict[str, object]:
             seconds[name].append(time.thread_time() - start)
     ratios = [a / b for a, b in zip(seconds["fold_blocks"], seconds["probing"], strict=True)]
     return {
-        "command": "python tools/bench/folding.py --out tools/bench/results/folding.json",
+        "command": f"python tools/bench/folding.py --rounds {rounds} --out tools/bench/results/folding.json",
         "units": names,
         "units_probed": list(blocks),
         "rounds": rounds,
