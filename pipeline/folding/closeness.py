@@ -87,6 +87,6 @@ def closeness(teacher: nn.Module, student: nn.Module, images: Images, *, batch_s
     """
     compared = Comparison()
     with torch.no_grad(), _evaluating(teacher, student):
-        for batch in as_batches(images, batch_size)():
+        for batch in as_batches(images, batch_size, again=False)():
             compared.add(teacher(batch), student(batch))
     return compared.result()

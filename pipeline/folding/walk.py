@@ -21,14 +21,20 @@ _NO_IMAGE, _IMAGES = "no image was given", "pass a tensor of images, or batches 
 Images = Tensor | Iterable[Tensor | Sequence[Tensor]] | Callable[[], Iterable[Tensor | Sequence[Tensor]]]
 
 
-def as_batches(images: Images, batch_size: int) -> Callable[[], Iterator[Tensor]]:
+def as_batches(images: Images, batch_size: int, *, again: bool = True) -> Callable[[], Iterator[Tensor]]:
     """A function that starts a new pass over images.
 
     Args:
         images: Tensor[N, C, H, W]; or an iterable of such batches that can be iterated again, alone or with labels
             after them; or a function that returns such an iterable.
         batch_size: Size of the batches that a tensor is cut into.
+        again: Whether more than one pass is to come.
+
+    Raises:
+        FoldError: More is to come, but the images can be read only once.
     """
+    if again and isinstance(images, Iterator):
+        raise FoldError(f"images is a {type(images).__name__}, which can be read only once", hint=_IMAGES)
 
     def begin() -> Iterator[Tensor]:
         if isinstance(images, Tensor):

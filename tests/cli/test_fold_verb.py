@@ -90,25 +90,6 @@ def test_the_closed_form_is_nearer_than_taking_activations_away(
     assert errors[0] < errors[1]
 
 
-def test_auto_keeps_the_agreement_and_writes_table_and_plot(model: Path, image_folder: Path, tmp_path: Path) -> None:
-    data = ("--data", "imagefolder", "--root", image_folder, "--images", 40)
-    out = tmp_path / "auto.pt"
-    choice = ("--units", "auto", "--keep-agreement", 0.6, "--save-by", "macs")
-    said = fold(model, *choice, *data, "--window-steps", 3, "--out", out).output
-    record = json.loads((tmp_path / "auto.sensitivity.json").read_text())
-    foldable = [unit.name for unit in find_units(store.load(model).module) if unit.foldable]
-    assert [row["unit"] for row in record["scan"]] == foldable
-    kept = [trial for trial in record["trials"] if trial["accepted"]]
-    assert kept and all(trial["agreement"] >= 0.6 for trial in kept)
-    assert sorted(trial["unit"] for trial in kept) == sorted(record["units"])
-    assert store.load(out).meta["units_folded"] == record["units"]
-    table = (tmp_path / "auto.sensitivity.md").read_text()
-    assert all(f"| {unit} |" in table for unit in foldable)
-    with Image.open(tmp_path / "auto.sensitivity.png") as picture:
-        assert picture.size[0] > 300
-    assert "and the layers behind: error" in said and "that nothing was fitted to or chosen by" in said
-
-
 def test_auto_alone_measures_latency_fits_to_photos_and_writes_beside_the_model(
     model: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,12 +108,22 @@ def test_auto_alone_measures_latency_fits_to_photos_and_writes_beside_the_model(
     monkeypatch.setattr(datasets, "resolve", resolve)
     monkeypatch.setattr(unit_latency, "measure", clock)
     copied = shutil.copy(model, tmp_path / "my.0.35.pt")
-    said = fold(copied, "--units", "auto", "--keep-agreement", 0.6).output
+    said = fold(copied, "--units", "auto", "--keep-agreement", 0.6, "--window-steps", 3).output
     assert asked == ["photos in None", "host-litert"]
     record = json.loads((tmp_path / "my.0.35-folded.sensitivity.json").read_text())
+    foldable = [unit.name for unit in find_units(store.load(model).module) if unit.foldable]
+    assert [row["unit"] for row in record["scan"]] == foldable
     assert [trial["unit"] for trial in record["trials"]] == ["blocks.2.1", "blocks.4.1"]
     assert record["savings_in"] == "ms on host-litert, each unit alone" and "saves 50 ms" in said
+    kept = [trial for trial in record["trials"] if trial["accepted"]]
+    assert kept and all(trial["agreement"] >= 0.6 for trial in kept)
+    assert sorted(trial["unit"] for trial in kept) == record["units"]
     assert store.load(tmp_path / "my.0.35-folded.pt").meta["units_folded"] == record["units"]
+    table = (tmp_path / "my.0.35-folded.sensitivity.md").read_text()
+    assert all(f"| {unit} |" in table for unit in foldable)
+    with Image.open(tmp_path / "my.0.35-folded.sensitivity.png") as picture:
+        assert picture.size[0] > 300
+    assert "and the layers behind: error" in said and "that nothing was fitted to or chosen by" in said
 
 
 def test_auto_counts_macs_where_no_time_is_shown(

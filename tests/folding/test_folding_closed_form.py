@@ -299,6 +299,8 @@ def test_what_cannot_be_fitted_is_refused() -> None:
         closed_form_fold(network(0.1), ["9"], IMAGES)
     with pytest.raises(FoldError, match="no image"):
         closed_form_fold(network(0.1), ["1"], IMAGES[:0])
+    with pytest.raises(FoldError, match="generator, which can be read only once"):
+        closed_form_fold(network(0.1), ["1"], (batch for batch in IMAGES.split(8)))
 
 
 @pytest.mark.parametrize(
