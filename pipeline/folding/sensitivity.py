@@ -102,8 +102,8 @@ def scan(
         if on_unit is not None:
             on_unit(len(done), len(names))
 
-    rounds = _apart(model, names, first_image(fits))
-    for part in rounds:
+    blocks = all(known[name].kind != "activation" for name in names)
+    for part in [names] if blocks else _apart(model, names, first_image(fits)):
         _scan_apart(model, teacher, part, known, (fits, measured), options or FitOptions(), cache_mb << 20, add)
     return [done[name] for name in names]
 
@@ -137,8 +137,9 @@ def _scan_apart(
     fits, measured = batches
     example = first_image(fits)
     # The same graph with every unit linear but unmerged, and with every unit one convolution.
-    linear = fold(linearise(model, names), example, units=[]).model
-    folded = fold(linearise(model, names), example, units=names)
+    straightened = linearise(model, names)
+    linear = fold(straightened, example, units=[]).model
+    folded = fold(straightened, example, units=names)
     walk = Walk(teacher, folded.model, fits, cache_bytes=cache_bytes)
     control = Walk(teacher, folded.model, measured, cache_bytes=cache_bytes)
     ahead = Walk(teacher, linear, measured, cache_bytes=0)
