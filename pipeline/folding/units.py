@@ -104,7 +104,9 @@ def linearise(model: nn.Module, names: Iterable[str]) -> nn.Module:
     recorded = list(linearised(model))
     for name in names:
         if name not in modules or not name:
-            raise UnitError(f"{name!r} is no module of {type(model).__name__}", hint=nearest(name, modules))
+            raise UnitError(
+                f"{name!r} is no module of {type(model).__name__}", hint=nearest(name, filter(None, modules))
+            )
         if is_activation(modules[name]):
             chosen.append(name)
             recorded.append(name)
