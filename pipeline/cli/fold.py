@@ -25,7 +25,7 @@ _EPILOG = """\b
 Examples:
   layerfold fold runs/quickstart-1a2b3c4d/models/baseline.pt --units blocks.2.1,blocks.2.2 --out folded.pt
   layerfold fold tf_efficientnet_lite0 --units blocks.3.2 --method closed_form --data photos --out folded.pt
-  layerfold fold tf_efficientnet_lite0 --units auto --keep-agreement 0.95
+  layerfold fold tf_efficientnet_lite0 --units auto --keep-agreement 0.85
   layerfold fold my.pt --units auto --keep-agreement 0.9 --save-by macs --data imagefolder --root photos --out f.pt
   layerfold inspect tf_efficientnet_lite0 --units
 
@@ -192,7 +192,9 @@ def _fold_closed(stored: "StoredModel", names: list[str] | None, out: Path, chos
         selection, measure = _select(stored, images, opened("select"), chosen, options)
         if selection.result is None:
             _write_scan(selection, chosen["keep_agreement"], measure, out)
-            click.echo(f"no unit can fold at an agreement of {chosen['keep_agreement']:g}: {out} is not written")
+            best = max((trial.closeness.agreement for trial in selection.trials), default=0.0)
+            click.echo(f"no unit can fold at an agreement of {chosen['keep_agreement']:g}: {out} is not written; "
+                       f"the best of those tried keeps {best:.3f}")  # fmt: skip
             return
         result, names = selection.result, list(selection.units)
     elif not chosen["window_steps"]:

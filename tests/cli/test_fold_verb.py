@@ -142,6 +142,7 @@ def test_auto_counts_macs_where_no_time_is_shown(
     said = fold(model, "--units", "auto", *data, "--out", tmp_path / "f.pt").output
     assert "shown to save time on host-litert: choosing by MACs" in said
     assert json.loads((tmp_path / "f.sensitivity.json").read_text())["savings_in"] == "MACs"
+    assert "no unit can fold at an agreement of 0.95" in said and not (tmp_path / "f.pt").exists()
     refused = call(model, "--units", "auto", "--save-by", "latency", *data, "--out", tmp_path / "f.pt")
     assert isinstance(refused.exception, AssertionError)  # asked for by name, latency is not given up
 
