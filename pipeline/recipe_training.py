@@ -42,6 +42,8 @@ class TrainSection(Section):
     """One fine-tuning: how long, how fast, with what regularisation."""
 
     epochs: Positive
+    min_steps: Count | None = None
+    """Optimiser steps to make at least: a small data set is gone through more often than `epochs` says."""
     batch_size: Count = 128
     accumulate: Count = 1
     """Parts in which a batch goes through the network, to save memory; a divisor of `batch_size`."""
