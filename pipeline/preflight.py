@@ -7,7 +7,7 @@ __all__ = ["check"]
 
 from torch import nn
 
-from pipeline.errors import UnitError, nearest
+from pipeline.errors import UnitError, WeightsError, nearest
 from pipeline.export.conversion import require_formats
 from pipeline.models import weights, zoo
 from pipeline.recipe import Recipe
@@ -39,6 +39,7 @@ def check(recipe: Recipe, *, load_weights: bool) -> None:
     )
     candidates(recipe, model)
     _require_float_units(recipe, model)
+    _require_weights(recipe)
     if load_weights:
         weights.load(model, section.name, section.weights, num_classes=section.num_classes)
     workbench.device(recipe)
@@ -47,6 +48,18 @@ def check(recipe: Recipe, *, load_weights: bool) -> None:
         workbench.split(recipe, split)
     workbench.labelled(recipe)
     make_targets(recipe)
+
+
+def _require_weights(recipe: Recipe) -> None:
+    """Refuses to fold a network that is neither pretrained nor trained, unless the recipe asks for random weights."""
+    section = recipe.model
+    if section.weights == "auto" and recipe.baseline.train is None and weights.choose(section.name) == "none":
+        raise WeightsError(
+            f"nobody published weights for model.name '{section.name}', and the recipe has no baseline.train: "
+            "a network of random weights would be folded",
+            hint="give its weights with model.weights=/path/to/file.pth, or train it on the recipe's data with "
+            "baseline.train (epochs, lr, …); model.weights=none folds it untrained",
+        )
 
 
 def _require_float_units(recipe: Recipe, model: nn.Module) -> None:
