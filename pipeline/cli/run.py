@@ -52,8 +52,9 @@ def command(recipe: str, out: Path | None, overrides: tuple[str, ...], quick: bo
     folder = run_folder(loaded, out)
     planned = plan.build(loaded, facts.gather(loaded, say=say))
     states = runner.stage_states(planned, folder)
-    if states["prefold"] not in ("cached", "shared"):
-        preflight.check(loaded, load_weights=states["baseline"] not in ("cached", "shared"))
+    done = ("cached", "shared")
+    if any(state not in done for state in states.values()):
+        preflight.check(loaded, load_weights=states["baseline"] not in done)
     with terminated_as_interrupt(), TerminalEvents(len(planned.stages)) as events:
         outcome = runner.execute(planned, folder, events)
     report = load_report(outcome.folder / "report.json")
