@@ -1,6 +1,6 @@
 """Fine-tuning as a recipe's section says: data, augmentation, teacher, curves and checkpoints of one stage."""
 
-__all__ = ["epochs", "fine_tune"]
+__all__ = ["check", "epochs", "fine_tune"]
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -53,7 +53,7 @@ def fine_tune(
     else:
         source = workbench.split(recipe, "train", holdout=section.holdout)
         held_out = workbench.split(recipe, "select", holdout=section.holdout)
-    _check(stage, source, section, distill)
+    check(stage, source, section, distill)
     if section.randaugment is not None:
         source = RandAugmented(source, workbench.preprocessing(recipe), section.randaugment)
 
@@ -78,7 +78,23 @@ def fine_tune(
         )
 
 
-def _check(stage: str, source: ImageSource, section: TrainSection, distill: DistillSection | None) -> None:
+def check(stage: str, source: ImageSource, section: TrainSection, distill: DistillSection | None) -> None:
+    """Refuses what the training images cannot give.
+
+    Args:
+        stage: Names the recipe's section in errors.
+        source: The training images.
+        section: How they are trained on.
+        distill: How much is learned from the baseline.
+
+    Raises:
+        RecipeError: There are no labels, or too few images, for what the section asks.
+    """
+    if not source.labelled and stage == "baseline":
+        raise RecipeError(
+            f"{source.name} has no labels, so baseline.train has nothing to learn from",
+            hint="leave baseline.train out and take pretrained weights (model.weights), or give labelled data",
+        )
     if not source.labelled and (distill is None or distill.weight < 1):
         raise RecipeError(
             f"{source.name} has no labels, so {stage} can only learn from the baseline",
