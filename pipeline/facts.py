@@ -38,7 +38,7 @@ def gather(recipe: Recipe, *, say: Callable[[str], None]) -> dict[str, str]:
     """
     from pipeline.data import datasets
 
-    data = datasets.resolve(recipe.data.name, recipe.data.root, recipe.data.fallback, say=say)
+    data = datasets.resolve_once(recipe.data.name, recipe.data.root, recipe.data.fallback, say=say)
     return {"data": _data(data), "weights": _weights(recipe), "host": _host()}
 
 
