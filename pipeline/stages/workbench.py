@@ -137,7 +137,8 @@ def provenance(context: StageContext, origin: Mapping[str, Any]) -> dict[str, An
         "licence": origin.get("licence") or "not stated by the source of the weights",
         "seed": recipe.seed,
         "recipe_hash": context.stage.hash,
-        "data": {"name": recipe.data.name, "root": recipe.data.root, "fallback": recipe.data.fallback},
+        # The set that was really there: another one, though asked for, is not what the model knows.
+        "data": {"name": _data(recipe).name, "root": recipe.data.root, "fallback": None},
     }
 
 
