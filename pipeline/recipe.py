@@ -72,6 +72,8 @@ class DataSection(Section):
     fallback: str | None = None
     train_images: Count | None = None
     eval_images: Count | None = None
+    adapt: bool = False
+    """Take `model.num_classes` from the data set, and no batch larger than what there is to train on: for trials."""
     labelled: str | None = None
     """A second, labelled set that is only evaluated (`imagenet_samples`: 20 labelled ImageNet photos)."""
 

@@ -44,11 +44,11 @@ def command(recipe: str, out: Path | None, overrides: tuple[str, ...], quick: bo
 
         run_study(recipe, out, overrides, quick)
         return
-    from pipeline import facts, plan, preflight, recipe_files, runner
+    from pipeline import adapting, facts, plan, preflight, recipe_files, runner
     from pipeline.cli.progress import TerminalEvents
     from pipeline.results.collect import load_report
 
-    loaded = recipe_files.load(recipe, overrides=overrides, quick=quick)
+    loaded = adapting.adapted(recipe_files.load(recipe, overrides=overrides, quick=quick), say=say)
     folder = run_folder(loaded, out)
     planned = plan.build(loaded, facts.gather(loaded, say=say))
     states = runner.stage_states(planned, folder)
