@@ -126,10 +126,7 @@ def _find_done(stage: PlannedStage, folder: Path, final: Path) -> StageOutput | 
             except ArtifactError as error:
                 _log.warning("not sharing %s: %s", sibling, error.what)
                 continue
-            copying = final.with_name(final.name + ".copying")
-            shutil.rmtree(copying, ignore_errors=True)
-            shutil.copytree(sibling, copying)
-            copying.rename(final)
+            _copy_stage(sibling, final)
             _log.info("stage %s shared from %s", stage.name, sibling)
             break
     if not final.is_dir():
@@ -141,6 +138,27 @@ def _find_done(stage: PlannedStage, folder: Path, final: Path) -> StageOutput | 
         final.rename(aside)
         _log.warning("stage %s: %s; kept as %s and run anew", stage.name, error.what, aside.name)
         return None
+
+
+def _copy_stage(sibling: Path, final: Path) -> None:
+    """Copies a finished stage file by file: `copytree` gathers errors into one that no longer says what they were."""
+    copying = final.with_name(final.name + ".copying")
+    shutil.rmtree(copying, ignore_errors=True)
+    try:
+        copying.mkdir()
+        for path in sorted(sibling.rglob("*")):
+            target = copying / path.relative_to(sibling)
+            if path.is_dir():
+                target.mkdir()
+                continue
+            try:
+                shutil.copy2(path, target)
+            except OSError as error:
+                error.filename = error.filename or str(target)
+                raise
+        copying.rename(final)
+    finally:
+        shutil.rmtree(copying, ignore_errors=True)
 
 
 def _siblings(folder: Path, stage: PlannedStage) -> list[Path]:
@@ -232,5 +250,8 @@ def _publish(outputs: Mapping[str, StageOutput], folder: Path) -> None:
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
             temporary = target.with_name(f".{target.name}.tmp")
-            shutil.copyfile(output.folder / name, temporary)
-            temporary.replace(target)
+            try:
+                shutil.copyfile(output.folder / name, temporary)
+                temporary.replace(target)
+            finally:
+                temporary.unlink(missing_ok=True)
