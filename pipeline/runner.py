@@ -92,6 +92,21 @@ def execute(plan: Plan, folder: Path, events: RunEvents) -> RunOutcome:
     return RunOutcome(folder, outputs)
 
 
+class _Logged:
+    """A stage's report whose lines also go to the run's log, for those who read it when the terminal is gone."""
+
+    def __init__(self, report: Report, stage: str) -> None:
+        self._report = report
+        self._stage = stage
+
+    def progress(self, done: float, total: float, text: str = "") -> None:
+        self._report.progress(done, total, text)
+
+    def say(self, text: str) -> None:
+        _log.info("stage %s: %s", self._stage, text)
+        self._report.say(text)
+
+
 def _one_stage(
     recipe: Recipe, stage: PlannedStage, folder: Path, inputs: Mapping[str, StageOutput], events: RunEvents
 ) -> StageOutput:
@@ -106,13 +121,13 @@ def _one_stage(
     report = events.stage_started(stage, resumed=resumed)
     _log.info("stage %s starts in %s%s", stage.name, work.name, " (resumed)" if resumed else "")
     started = time.monotonic()
-    context = StageContext(recipe=recipe, stage=stage, work=work, inputs=inputs, report=report)
+    context = StageContext(recipe=recipe, stage=stage, work=work, inputs=inputs, report=_Logged(report, stage.name))
     metrics = load_stage(stage.name)(context)
     duration_s = time.monotonic() - started
     output = artifacts.commit(
         work, final, stage, metrics=metrics, versions=stack(), seed=recipe.seed, duration_s=duration_s
     )
-    _log.info("stage %s done in %.1f s", stage.name, duration_s)
+    _log.info("stage %s done in %.1f s: %s", stage.name, duration_s, metrics.get("summary", ""))
     events.stage_finished(stage, output, cached=False)
     return output
 

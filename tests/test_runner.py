@@ -120,6 +120,25 @@ def test_a_damaged_stage_is_set_aside_and_run_anew(tmp_path: Path) -> None:
     assert list((tmp_path / "run" / "stages").glob("*.damaged-*"))
 
 
+def test_what_stages_say_is_in_the_log_and_on_the_terminal(tmp_path: Path, monkeypatch) -> None:
+    heard: list[str] = []
+
+    class Listening(_Events):
+        def say(self, text):
+            heard.append(text)
+
+    def speaks(context):
+        context.report.say(f"a word from {context.stage.name}")
+        return _write_stage(context) | {"summary": "ten of ten"}
+
+    monkeypatch.setattr(runner, "load_stage", lambda name: speaks)
+    runner.execute(_plan(), tmp_path / "run", Listening())
+    log = (tmp_path / "run" / "run.log").read_text()
+    for stage in _plan().stages:
+        assert f"a word from {stage.name}" in heard and f"stage {stage.name}: a word from {stage.name}" in log
+    assert "ten of ten" in log
+
+
 def test_a_failing_stage_leaves_no_finished_folder_and_resumes_in_its_own(tmp_path: Path, monkeypatch) -> None:
     def fails_once(context):
         marker = context.checkpoints / "step"
