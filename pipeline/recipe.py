@@ -51,7 +51,8 @@ class ModelSection(Section):
     in_channels: Literal[3] = 3
     input_px: Annotated[int, Field(ge=8, le=1024)]
     weights: str = "auto"
-    """`auto` (packaged, else the hub), `packaged`, `hub`, `none` (random) or a checkpoint's path."""
+    """`auto` (packaged, else the hub), `packaged`, `hub`, `none` (random), a checkpoint's path, or
+    `package:NAME/PATH`, a file inside an installed package."""
     args: dict[str, str | int | float | bool] = Field(default_factory=dict)
 
 
