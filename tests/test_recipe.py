@@ -92,3 +92,20 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(RecipeError, match=r"bad\.yaml"):
         recipe_files.load(str(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("quick: [a]", ["quick", "['a']", "dotted keys"]),
+        ("quick: {1: 2}", ["quick", "key 1"]),
+        ("quick: 7", ["quick", "7"]),
+    ],
+)
+def test_a_quick_section_that_is_none_is_refused(tmp_path, text: str, words: list[str]) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"base: quickstart\n{text}\n")
+    with pytest.raises(RecipeError) as caught:
+        recipe_files.load(str(path), quick=True)
+    for word in (str(path), *words):
+        assert word in str(caught.value)
