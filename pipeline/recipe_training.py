@@ -14,7 +14,7 @@ __all__ = [
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -139,6 +139,14 @@ class PrefoldSection(Section):
     300 is a good start, 0 is off."""
     distill: DistillSection | None = None
     train: TrainSection | None = None
+
+    @field_validator("units", "exclude", mode="before")
+    @classmethod
+    def _one_name_is_a_list_of_one(cls, value: object) -> object:
+        """`--set prefold.units=blocks.1.1`, or several with commas; whether the model has them is checked with it."""
+        if not isinstance(value, str) or value == "all":
+            return value
+        return [name.strip() for name in value.split(",") if name.strip()]
 
     @model_validator(mode="after")
     def _methods_have_what_they_need(self) -> "PrefoldSection":

@@ -9,7 +9,7 @@ import yaml
 from PIL import Image
 
 from pipeline import preflight
-from pipeline.errors import LayerfoldError, RecipeError, WeightsError
+from pipeline.errors import LayerfoldError, RecipeError, UnitError, WeightsError
 from pipeline.recipe import parse
 from targets.errors import TargetError
 
@@ -45,6 +45,27 @@ def test_shipped_recipes_start_from_weights_or_train() -> None:
         recipe = recipe_files.load(name)
         origin = recipe.model.weights if recipe.model.weights != "auto" else weights.choose(recipe.model.name)
         assert origin != "none" or recipe.baseline.train is not None, name
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        (
+            "units",
+            "blocks.1.l",
+            ["prefold.units", "'blocks.1.l'", "did you mean 'blocks.1.", "its units are blocks.0.0"],
+        ),
+        ("units", "al", ["prefold.units", "'al'", "did you mean 'all'"]),
+        ("exclude", ["blocks.9.1"], ["prefold.exclude", "'blocks.9.1'", "did you mean"]),
+    ],
+)
+def test_a_unit_that_is_none_is_named_with_its_key_and_the_nearest(
+    image_folder: Path, key: str, value: object, words: list[str]
+) -> None:
+    with pytest.raises(UnitError) as caught:
+        preflight.check(parse(recipe_of(image_folder, prefold={key: value})), load_weights=False)
+    for word in words:
+        assert word in str(caught.value)
 
 
 @pytest.fixture
