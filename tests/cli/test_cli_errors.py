@@ -102,7 +102,10 @@ def test_a_foreign_package_of_our_names_is_named(name: str, tmp_path: Path) -> N
 
     (tmp_path / name).mkdir()
     (tmp_path / name / "__init__.py").write_text("raise RuntimeError('never imported')")
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    import layerfold
+
+    ours = Path(layerfold.__file__).parent
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ours}"}
     command = [sys.executable, "-m", "layerfold", "doctor"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 2
