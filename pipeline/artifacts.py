@@ -23,6 +23,7 @@ CHECKPOINTS = "checkpoints"
 """Sub-folder of a stage at work that holds what a killed stage resumes from; dropped when the stage is done."""
 _MANIFEST = "manifest.json"
 _FORMAT = 1
+_TEMPORARY = (".tmp", ".part", ".partial")
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ def commit(
         duration_s: Wall time of the stage's last session, in seconds.
     """
     shutil.rmtree(work / CHECKPOINTS, ignore_errors=True)
+    _drop_leftovers(work)
     files = {
         path.relative_to(work).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         for path in sorted(work.rglob("*"))
@@ -120,6 +122,17 @@ def commit(
     write_atomic(work / _MANIFEST, json.dumps(manifest, indent=1, allow_nan=False))
     work.rename(final)
     return StageOutput(final, manifest)
+
+
+def _drop_leftovers(work: Path) -> None:
+    """Deletes what a killed try was writing under a temporary name, so that it is never taken for output."""
+    for path in sorted(work.rglob("*"), reverse=True):  # what is in a folder before the folder
+        if not path.name.startswith(".") and path.suffix not in _TEMPORARY:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def read(folder: Path) -> StageOutput:

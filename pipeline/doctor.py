@@ -15,6 +15,6 @@ def examine(*, imports: bool = True) -> list[Finding]:
             seconds), or to compare versions only.
 
     Returns:
-        Findings by area. Something a run needs is absent where a status is `missing` or `broken`.
+        Findings by area. No run works while a status is `missing` or `broken`; `warning` is for the user to weigh.
     """
     return [*packages.probe(), *libraries.probe(imports=imports), *machine.probe(), *materials.probe()]

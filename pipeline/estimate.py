@@ -9,7 +9,7 @@ from torch import nn
 
 from pipeline.models import zoo
 from pipeline.recipe import Recipe, TrainSection
-from pipeline.stages import workbench
+from pipeline.stages import fitting, workbench
 
 # Seconds that conversion and quantisation of one model took on two cores, little dependent on the model's size.
 _CONVERT_S = {"tflite": 20.0, "onnx": 11.0, "executorch": 20.0}
@@ -33,13 +33,13 @@ def estimate_seconds(recipe: Recipe) -> dict[str, float]:
     images = torch.randn(_PROBE_IMAGES, section.in_channels, section.input_px, section.input_px, device=on)
     forward_s = _per_image(model, images, backward=False)
     step_s = _per_image(model, images, backward=True)
-    train_images = len(workbench.split(recipe, "train"))
+    source = workbench.split(recipe, "train")
     eval_images = len(workbench.split(recipe, "eval"))
 
     def fitting_s(train: TrainSection | None, distilled: bool) -> float:
         if train is None:
             return 0.0
-        return train.epochs * train_images * (step_s + (forward_s if distilled else 0.0))
+        return fitting.epochs(train, source) * len(source) * (step_s + (forward_s if distilled else 0.0))
 
     evaluation_s = eval_images * forward_s
     formats = recipe.export.formats

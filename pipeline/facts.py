@@ -12,8 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.artifacts import sha256_of
-from pipeline.errors import WeightsError
 from pipeline.recipe import Recipe
 from pipeline.versions import installed
 
@@ -34,11 +32,12 @@ def gather(recipe: Recipe, *, say: Callable[[str], None]) -> dict[str, str]:
 
     Raises:
         DataError: Neither the data set nor its fallback is there.
-        WeightsError: The weights' file is missing.
+        ModelError: The model is unknown.
+        WeightsError: There are no such weights, or their file is missing.
     """
     from pipeline.data import datasets
 
-    data = datasets.resolve(recipe.data.name, recipe.data.root, recipe.data.fallback, say=say)
+    data = datasets.resolve_once(recipe.data.name, recipe.data.root, recipe.data.fallback, say=say)
     return {"data": _data(data), "weights": _weights(recipe), "host": _host()}
 
 
@@ -48,20 +47,11 @@ def _data(resolved: "Resolved") -> str:
 
 
 def _weights(recipe: Recipe) -> str:
-    """The source that will serve, or a file with its SHA-256, so that changed weights are not taken for the old."""
-    from pipeline.models import weights
+    """The source that will serve, with version or SHA-256, so that changed weights are not taken for the old."""
+    from pipeline.models import weights, zoo
 
-    source = recipe.model.weights
-    if source == "auto":
-        return weights.available(recipe.model.name)[0]
-    if source in ("packaged", "hub", "none"):
-        return source
-    path = Path(source)
-    if not path.is_file():
-        raise WeightsError(
-            f"model.weights is '{source}', which is no file", hint="give auto, packaged, hub, none or a checkpoint"
-        )
-    return f"{path.name} sha256 {sha256_of(path)}"
+    zoo.check_name(recipe.model.name)
+    return weights.choose(recipe.model.name, recipe.model.weights)
 
 
 def _host() -> str:

@@ -24,6 +24,7 @@ __all__ = [
     "parse",
 ]
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
@@ -51,7 +52,8 @@ class ModelSection(Section):
     in_channels: Literal[3] = 3
     input_px: Annotated[int, Field(ge=8, le=1024)]
     weights: str = "auto"
-    """`auto` (packaged, else the hub), `packaged`, `hub`, `none` (random) or a checkpoint's path."""
+    """`auto` (packaged, else the hub), `packaged`, `hub`, `none` (random), a checkpoint's path, or
+    `package:NAME/PATH`, a file inside an installed package."""
     args: dict[str, str | int | float | bool] = Field(default_factory=dict)
 
 
@@ -72,6 +74,8 @@ class DataSection(Section):
     fallback: str | None = None
     train_images: Count | None = None
     eval_images: Count | None = None
+    adapt: bool = False
+    """Take `model.num_classes` from the data set, and no batch larger than what there is to train on: for trials."""
     labelled: str | None = None
     """A second, labelled set that is only evaluated (`imagenet_samples`: 20 labelled ImageNet photos)."""
 
@@ -88,7 +92,7 @@ class FoldSection(Section):
 class ExportSection(Section):
     """File formats to write, what their input is, and what the census of a file may hold."""
 
-    formats: tuple[Literal["tflite", "onnx", "executorch"], ...] = ("tflite", "onnx")
+    formats: Annotated[tuple[Literal["tflite", "onnx", "executorch"], ...], Field(min_length=1)] = ("tflite", "onnx")
     """`executorch` writes `.pte` files for the XNNPACK delegate (extra `executorch`)."""
     precisions: tuple[Literal["fp16", "dynamic"], ...] = ()
     """Files beside the float32 ones that need no calibration; static int8 is section `quantize`."""
@@ -181,13 +185,13 @@ class VerifySection(Section):
 class BenchSection(Section):
     """Where and how latency is measured."""
 
-    targets: tuple[str, ...] = ("host-litert", "host-ort")
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] = ("host-litert", "host-ort")
     """Names that `layerfold targets list` shows, such as `emulated-arm64`, `android:SERIAL` or `ssh:user@board`."""
     options: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Options of a target by its name in `targets`, such as `{"android:SERIAL": {accelerator: gpu, cores: [6, 7]}}`."""
     formats: tuple[Literal["tflite", "onnx"], ...] = ()
     """Formats to measure; empty takes every exported one that a target runs."""
-    precisions: tuple[Literal["fp32", "int8"], ...] = ("fp32", "int8")
+    precisions: Annotated[tuple[Literal["fp32", "int8"], ...], Field(min_length=1)] = ("fp32", "int8")
     threads: Count = 1
     warmup: Annotated[int, Field(ge=0)] = 5
     runs: Count = 30
@@ -244,16 +248,20 @@ def parse(raw: Mapping[str, Any], *, origin: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
-        problems = [_explain(detail) for detail in error.errors()]
+        problems = list(dict.fromkeys(_explain(detail) for detail in error.errors()))
         raise RecipeError(
             f"{origin}: " + "; ".join(what for what, _ in problems),
             hint="; ".join(dict.fromkeys(hint for _, hint in problems if hint)),
         ) from error
 
 
+# What pydantic puts into a key's path beside keys: which of several types it tried, and that it means the key itself.
+_NO_KEY = re.compile(r"\[key\]|(literal|tuple|dict|constrained-\w+|function-\w+)\[.*|str|int|float|bool|none")
+
+
 def _explain(detail: Any) -> tuple[str, str]:
-    location = [str(part) for part in detail["loc"]]
-    key = ".".join(location)
+    location = [str(part) for part in detail["loc"] if not _NO_KEY.fullmatch(str(part))]
+    key, value = ".".join(location), detail.get("input")
     if detail["type"] == "extra_forbidden":
         known = _keys_beside(location)
         close = nearest(location[-1], known)
@@ -262,7 +270,11 @@ def _explain(detail: Any) -> tuple[str, str]:
         return f"key '{key}' is missing", f"add '{key}'"
     if detail["type"] == "value_error":
         return str(detail["ctx"]["error"]), ""
-    return f"'{key}' is {detail['input']!r}: {detail['msg'][:1].lower()}{detail['msg'][1:]}", f"mend '{key}'"
+    if detail["type"] == "too_short":
+        return f"'{key}' is empty", f"name at least {detail['ctx']['min_length']}, or leave '{key}' out for its default"
+    if detail["type"] == "tuple_type":
+        return f"'{key}' is {value!r}, expected a list", f"write {key}=[{'…' if value is None else value}]"
+    return f"'{key}' is {value!r}: {detail['msg'][:1].lower()}{detail['msg'][1:]}", f"mend '{key}'"
 
 
 def _keys_beside(location: list[str]) -> list[str]:

@@ -119,7 +119,13 @@ def overridden(raw: Mapping[str, Any], path: Path, overrides: Iterable[str], qui
     """A raw mapping with its own section `quick` applied where asked, then the `--set` texts."""
     result = dict(raw)
     if quick:
-        result = apply_overrides(raw, {**(raw.get("quick") or {}), "variant": "quick"}, origin=f"{path}: quick")
+        own = raw.get("quick") or {}
+        if not isinstance(own, Mapping):
+            raise RecipeError(
+                f"{path}: 'quick' is {own!r}, expected dotted keys with their values",
+                hint="write it as recipes/quickstart.yaml does, or leave it out",
+            )
+        result = apply_overrides(raw, {**own, "variant": "quick"}, origin=f"{path}: quick")
     return apply_overrides(result, dict(parse_override(text) for text in overrides), origin="--set")
 
 
@@ -147,6 +153,8 @@ def apply_overrides(raw: Mapping[str, Any], overrides: Mapping[str, Any], *, ori
     """
     result = _copy(raw)
     for dotted, value in overrides.items():
+        if not isinstance(dotted, str):
+            raise RecipeError(f"{origin}: the key {dotted!r} is no text", hint="keys are such as baseline.train.epochs")
         *parents, last = dotted.split(".")
         node = result
         for depth, parent in enumerate(parents):

@@ -14,7 +14,7 @@ __all__ = [
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -42,6 +42,8 @@ class TrainSection(Section):
     """One fine-tuning: how long, how fast, with what regularisation."""
 
     epochs: Positive
+    min_steps: Count | None = None
+    """Optimiser steps to make at least: a small data set is gone through more often than `epochs` says."""
     batch_size: Count = 128
     accumulate: Count = 1
     """Parts in which a batch goes through the network, to save memory; a divisor of `batch_size`."""
@@ -137,6 +139,14 @@ class PrefoldSection(Section):
     300 is a good start, 0 is off."""
     distill: DistillSection | None = None
     train: TrainSection | None = None
+
+    @field_validator("units", "exclude", mode="before")
+    @classmethod
+    def _one_name_is_a_list_of_one(cls, value: object) -> object:
+        """`--set prefold.units=blocks.1.1`, or several with commas; whether the model has them is checked with it."""
+        if not isinstance(value, str) or value == "all":
+            return value
+        return [name.strip() for name in value.split(",") if name.strip()]
 
     @model_validator(mode="after")
     def _methods_have_what_they_need(self) -> "PrefoldSection":

@@ -92,6 +92,21 @@ def execute(plan: Plan, folder: Path, events: RunEvents) -> RunOutcome:
     return RunOutcome(folder, outputs)
 
 
+class _Logged:
+    """A stage's report whose lines also go to the run's log, for those who read it when the terminal is gone."""
+
+    def __init__(self, report: Report, stage: str) -> None:
+        self._report = report
+        self._stage = stage
+
+    def progress(self, done: float, total: float, text: str = "") -> None:
+        self._report.progress(done, total, text)
+
+    def say(self, text: str) -> None:
+        _log.info("stage %s: %s", self._stage, text)
+        self._report.say(text)
+
+
 def _one_stage(
     recipe: Recipe, stage: PlannedStage, folder: Path, inputs: Mapping[str, StageOutput], events: RunEvents
 ) -> StageOutput:
@@ -106,13 +121,13 @@ def _one_stage(
     report = events.stage_started(stage, resumed=resumed)
     _log.info("stage %s starts in %s%s", stage.name, work.name, " (resumed)" if resumed else "")
     started = time.monotonic()
-    context = StageContext(recipe=recipe, stage=stage, work=work, inputs=inputs, report=report)
+    context = StageContext(recipe=recipe, stage=stage, work=work, inputs=inputs, report=_Logged(report, stage.name))
     metrics = load_stage(stage.name)(context)
     duration_s = time.monotonic() - started
     output = artifacts.commit(
         work, final, stage, metrics=metrics, versions=stack(), seed=recipe.seed, duration_s=duration_s
     )
-    _log.info("stage %s done in %.1f s", stage.name, duration_s)
+    _log.info("stage %s done in %.1f s: %s", stage.name, duration_s, metrics.get("summary", ""))
     events.stage_finished(stage, output, cached=False)
     return output
 
@@ -126,10 +141,7 @@ def _find_done(stage: PlannedStage, folder: Path, final: Path) -> StageOutput | 
             except ArtifactError as error:
                 _log.warning("not sharing %s: %s", sibling, error.what)
                 continue
-            copying = final.with_name(final.name + ".copying")
-            shutil.rmtree(copying, ignore_errors=True)
-            shutil.copytree(sibling, copying)
-            copying.rename(final)
+            _copy_stage(sibling, final)
             _log.info("stage %s shared from %s", stage.name, sibling)
             break
     if not final.is_dir():
@@ -141,6 +153,27 @@ def _find_done(stage: PlannedStage, folder: Path, final: Path) -> StageOutput | 
         final.rename(aside)
         _log.warning("stage %s: %s; kept as %s and run anew", stage.name, error.what, aside.name)
         return None
+
+
+def _copy_stage(sibling: Path, final: Path) -> None:
+    """Copies a finished stage file by file: `copytree` gathers errors into one that no longer says what they were."""
+    copying = final.with_name(final.name + ".copying")
+    shutil.rmtree(copying, ignore_errors=True)
+    try:
+        copying.mkdir()
+        for path in sorted(sibling.rglob("*")):
+            target = copying / path.relative_to(sibling)
+            if path.is_dir():
+                target.mkdir()
+                continue
+            try:
+                shutil.copy2(path, target)
+            except OSError as error:
+                error.filename = error.filename or str(target)
+                raise
+        copying.rename(final)
+    finally:
+        shutil.rmtree(copying, ignore_errors=True)
 
 
 def _siblings(folder: Path, stage: PlannedStage) -> list[Path]:
@@ -232,5 +265,8 @@ def _publish(outputs: Mapping[str, StageOutput], folder: Path) -> None:
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
             temporary = target.with_name(f".{target.name}.tmp")
-            shutil.copyfile(output.folder / name, temporary)
-            temporary.replace(target)
+            try:
+                shutil.copyfile(output.folder / name, temporary)
+                temporary.replace(target)
+            finally:
+                temporary.unlink(missing_ok=True)

@@ -25,6 +25,11 @@ def test_every_default_is_written_out_and_read_back_the_same() -> None:
         ("name.x=1", ["'name' holds a value"]),
         ("novalue", ["novalue", "key.subkey=value"]),
         ("bench.precisions=[fp32, int7]", ["bench.precisions.1", "int7"]),
+        ("export.formats=[]", ["'export.formats' is empty", "at least 1"]),
+        ("bench.targets=[]", ["'bench.targets' is empty"]),
+        ("bench.precisions=[]", ["'bench.precisions' is empty"]),
+        ("export.formats=tflite", ["'export.formats' is 'tflite', expected a list", "export.formats=[tflite]"]),
+        ("prefold.units=3", ["'prefold.units' is 3", "expected a list", "'all'"]),
     ],
 )
 def test_a_wrong_override_is_named_with_its_fix(override: str, words: list[str]) -> None:
@@ -37,6 +42,14 @@ def test_a_wrong_override_is_named_with_its_fix(override: str, words: list[str])
 def test_overrides_read_yaml_values_and_the_last_one_wins() -> None:
     recipe = recipe_files.load("quickstart", overrides=["seed=1", "prefold.units=[blocks.1.1]", "seed=7"])
     assert (recipe.seed, recipe.prefold.units) == (7, ("blocks.1.1",))
+
+
+@pytest.mark.parametrize(
+    ("text", "units"),
+    [("all", "all"), ("blocks.1.1", ("blocks.1.1",)), ("'blocks.1.1, blocks.2.1'", ("blocks.1.1", "blocks.2.1"))],
+)
+def test_one_unit_needs_no_brackets(text: str, units: str | tuple[str, ...]) -> None:
+    assert recipe_files.load("quickstart", overrides=[f"prefold.units={text}"]).prefold.units == units
 
 
 def test_set_beats_quick_and_quick_marks_the_recipe() -> None:
@@ -92,3 +105,20 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(RecipeError, match=r"bad\.yaml"):
         recipe_files.load(str(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("quick: [a]", ["quick", "['a']", "dotted keys"]),
+        ("quick: {1: 2}", ["quick", "key 1"]),
+        ("quick: 7", ["quick", "7"]),
+    ],
+)
+def test_a_quick_section_that_is_none_is_refused(tmp_path, text: str, words: list[str]) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"base: quickstart\n{text}\n")
+    with pytest.raises(RecipeError) as caught:
+        recipe_files.load(str(path), quick=True)
+    for word in (str(path), *words):
+        assert word in str(caught.value)

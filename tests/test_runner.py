@@ -84,6 +84,30 @@ def test_a_change_runs_only_what_it_reaches_and_a_sibling_run_lends_the_rest(tmp
 
 
 @pytest.mark.usefixtures("plain_stages")
+def test_what_a_killed_try_left_half_written_is_not_published(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    work = run / "stages" / (_plan().stage("export").folder + ".partial")
+    for name in (
+        ".manifest.json.77.tmp",
+        "models/.a.1b2c.partial.tflite",
+        "models/a.bin.part",
+        ".cache/deep/x",
+        "y.tmp",
+    ):
+        (work / name).parent.mkdir(parents=True, exist_ok=True)
+        (work / name).write_bytes(b"half")
+    (run / "manifest.json").write_text('{"recipe": "quickstart"}')
+    events = _Events()
+    outcome = runner.execute(_plan(), run, events)
+    assert events.resumed == ["export"]
+    done = outcome.outputs["export"]
+    assert sorted(done.manifest["files"]) == ["models/export.bin", "out.txt"]
+    left = {path.relative_to(done.folder).as_posix() for path in done.folder.rglob("*") if path.is_file()}
+    assert left == {"manifest.json", "models/export.bin", "out.txt"}
+    assert sorted(path.name for path in (run / "models").iterdir()) == ["export.bin", "quantize.bin"]
+
+
+@pytest.mark.usefixtures("plain_stages")
 def test_a_damaged_stage_is_set_aside_and_run_anew(tmp_path: Path) -> None:
     outcome = runner.execute(_plan(), tmp_path / "run", _Events())
     damaged = outcome.outputs["fold"].folder
@@ -94,6 +118,25 @@ def test_a_damaged_stage_is_set_aside_and_run_anew(tmp_path: Path) -> None:
     assert events.started == ["fold"]
     assert (again.outputs["fold"].folder / "out.txt").read_text() == good
     assert list((tmp_path / "run" / "stages").glob("*.damaged-*"))
+
+
+def test_what_stages_say_is_in_the_log_and_on_the_terminal(tmp_path: Path, monkeypatch) -> None:
+    heard: list[str] = []
+
+    class Listening(_Events):
+        def say(self, text):
+            heard.append(text)
+
+    def speaks(context):
+        context.report.say(f"a word from {context.stage.name}")
+        return _write_stage(context) | {"summary": "ten of ten"}
+
+    monkeypatch.setattr(runner, "load_stage", lambda name: speaks)
+    runner.execute(_plan(), tmp_path / "run", Listening())
+    log = (tmp_path / "run" / "run.log").read_text()
+    for stage in _plan().stages:
+        assert f"a word from {stage.name}" in heard and f"stage {stage.name}: a word from {stage.name}" in log
+    assert "ten of ten" in log
 
 
 def test_a_failing_stage_leaves_no_finished_folder_and_resumes_in_its_own(tmp_path: Path, monkeypatch) -> None:
@@ -150,6 +193,24 @@ def test_disk_errors_name_the_fix(tmp_path: Path, monkeypatch, code: int, words:
         runner.execute(_plan(), tmp_path / "run", _Events())
     assert caught.value.hint
     assert runner.stage_states(_plan(), tmp_path / "run")["baseline"] == "resumable"
+
+
+@pytest.mark.usefixtures("plain_stages")
+def test_a_disk_that_fills_while_a_stage_is_shared_is_named(tmp_path: Path, monkeypatch) -> None:
+    runner.execute(_plan(), tmp_path / "one", _Events())
+
+    def full(source, target, **_):
+        Path(target).write_bytes(b"ha")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(runner.shutil, "copy2", full)
+        with pytest.raises(RunFolderError, match=r"two/stages/0-baseline.*the disk is full"):
+            runner.execute(_plan(), tmp_path / "two", _Events())
+    assert list((tmp_path / "two" / "stages").iterdir()) == []
+    events = _Events()
+    outcome = runner.execute(_plan(), tmp_path / "two", events)
+    assert events.started == [] and (outcome.folder / "models" / "export.bin").read_bytes() == b"model"
 
 
 def test_a_full_disk_for_real(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ __all__ = ["command"]
 
 import click
 
-_STYLES = {"ok": "green", "missing": "red", "broken": "red", "optional": "yellow"}
+_STYLES = {"ok": "green", "missing": "red", "broken": "red", "warning": "yellow", "optional": "yellow"}
 
 
 @click.command(epilog="\b\nExamples:\n  layerfold doctor\n  layerfold doctor --json > doctor.json")

@@ -107,6 +107,11 @@ def _run_folder(folder: Path) -> None:
         raise ArtifactError(f"{folder} is no run folder: it has no manifest.json", hint="give a folder under runs/")
     try:
         content = json.loads(manifest.read_text())
+        if "stage" in content:
+            raise ArtifactError(
+                f"{folder} is the folder of one stage, '{content['stage']}'",
+                hint=f"give the run folder that it lies in: {folder.absolute().parent.parent}",
+            )
         title, stages = f"recipe {content['recipe']}, seed {content['seed']}", content["stages"].items()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(

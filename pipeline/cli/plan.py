@@ -34,9 +34,9 @@ def command(recipe: str, out: Path | None, overrides: tuple[str, ...], quick: bo
         plan_study(recipe, out, overrides, quick, estimate=estimate)
         return
 
-    from pipeline import facts, plan, preflight, recipe_files, runner
+    from pipeline import adapting, facts, plan, preflight, recipe_files, runner
 
-    loaded = recipe_files.load(recipe, overrides=overrides, quick=quick)
+    loaded = adapting.adapted(recipe_files.load(recipe, overrides=overrides, quick=quick), say=say)
     found = facts.gather(loaded, say=say)
     preflight.check(loaded, load_weights=False)
     planned = plan.build(loaded, found)

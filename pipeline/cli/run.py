@@ -44,16 +44,17 @@ def command(recipe: str, out: Path | None, overrides: tuple[str, ...], quick: bo
 
         run_study(recipe, out, overrides, quick)
         return
-    from pipeline import facts, plan, preflight, recipe_files, runner
+    from pipeline import adapting, facts, plan, preflight, recipe_files, runner
     from pipeline.cli.progress import TerminalEvents
     from pipeline.results.collect import load_report
 
-    loaded = recipe_files.load(recipe, overrides=overrides, quick=quick)
+    loaded = adapting.adapted(recipe_files.load(recipe, overrides=overrides, quick=quick), say=say)
     folder = run_folder(loaded, out)
     planned = plan.build(loaded, facts.gather(loaded, say=say))
     states = runner.stage_states(planned, folder)
-    if states["prefold"] not in ("cached", "shared"):
-        preflight.check(loaded, load_weights=states["baseline"] not in ("cached", "shared"))
+    done = ("cached", "shared")
+    if any(state not in done for state in states.values()):
+        preflight.check(loaded, load_weights=states["baseline"] not in done)
     with terminated_as_interrupt(), TerminalEvents(len(planned.stages)) as events:
         outcome = runner.execute(planned, folder, events)
     report = load_report(outcome.folder / "report.json")

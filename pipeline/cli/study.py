@@ -27,9 +27,9 @@ def run_study(name: str, out: Path | None, overrides: tuple[str, ...], quick: bo
     study = schema.load(name, overrides=overrides, quick=quick)
     folder = schema.study_folder(study, out)
     planned = execute.cell_states(study, folder, say)
-    for entry in _first_of_each_network(planned):
-        if entry.states["baseline"] not in _DONE:
-            preflight.check(entry.cell.recipe, load_weights=True)
+    to_do = [entry for entry in planned if any(state not in _DONE for state in entry.states.values())]
+    for entry in _first_of_each_network(to_do):
+        preflight.check(entry.cell.recipe, load_weights=entry.states["baseline"] not in _DONE)
     with terminated_as_interrupt(), ExitStack() as stack:
 
         def events(plan: Plan, title: str) -> RunEvents:

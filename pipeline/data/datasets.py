@@ -4,13 +4,13 @@
 is imported from torch until a split yields its first batch.
 """
 
-__all__ = ["NAMES", "Resolved", "open_split", "resolve"]
+__all__ = ["NAMES", "Resolved", "open_split", "resolve", "resolve_once"]
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.data import arrays, folders, locate, splits
+from pipeline.data import arrays, cache, folders, locate, splits
 from pipeline.data.preprocessing import Preprocessing
 from pipeline.data.sources import ImageSource
 from pipeline.errors import DataError, nearest
@@ -19,6 +19,7 @@ NAMES = (*arrays.SETS, "imagefolder", "photos", "imagenet_samples")
 """What `data.name`, `data.fallback` and `data.labelled` may be."""
 
 _ALIASES = {"imagenet": "imagefolder"}
+_RESOLVED: "dict[tuple[str, Path | None, str | None, Path], Resolved]" = {}
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,34 @@ def resolve(
                 f"{error.what}; nor its fallback: {second.what}", hint=error.hint or second.hint
             ) from second
         return Resolved(fallback, str(location), f"{note}; taken in place of {chosen}: {error.what}")
+
+
+def resolve_once(
+    name: str,
+    root: str | Path | None = None,
+    fallback: str | None = None,
+    *,
+    say: Callable[[str], None] | None = None,
+) -> Resolved:
+    """`resolve`, asked once in a process: later calls give the first answer, however the network is by then.
+
+    All stages of a run so read one data set, and what cannot be fetched is not asked for at every split.
+
+    Args:
+        name: As for `resolve`.
+        root: As for `resolve`.
+        fallback: As for `resolve`.
+        say: Is told before something is downloaded.
+
+    Raises:
+        DataError: As for `resolve`; the next call tries again.
+    """
+    place = None if root is None else Path(root).expanduser().absolute()
+    key = (name, place, fallback, cache.folder())
+    known = _RESOLVED.get(key)
+    if known is None or not Path(known.location).exists():
+        known = _RESOLVED[key] = resolve(name, root, fallback, say=say)
+    return known
 
 
 def open_split(

@@ -99,7 +99,8 @@ def _read_torch(path: Path) -> object:
             f"{path} holds Python objects besides tensors and is not opened: {str(error).splitlines()[0]}",
             hint="save only the tensors: torch.save(model.state_dict(), path)",
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    # A damaged file leads the unpickler anywhere: IndexError, struct.error, AssertionError, TypeError, …
+    except Exception as error:
         raise _damaged(path, error) from error
 
 
@@ -107,9 +108,13 @@ def _is_own_model(path: Path) -> bool:
     """Whether the file bears layerfold's mark, found without unpickling anything."""
     from pipeline.models import store
 
-    with zipfile.ZipFile(path) as archive:
-        pickles = [name for name in archive.namelist() if name.endswith("data.pkl")]
-        return any(store.FORMAT.encode() in archive.read(name) for name in pickles)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            pickles = [name for name in archive.namelist() if name.endswith("data.pkl")]
+            return any(store.FORMAT.encode() in archive.read(name) for name in pickles)
+    # Of what a damaged archive makes the standard library raise, only some is BadZipFile.
+    except Exception as error:
+        raise _damaged(path, error) from error
 
 
 def _read_own_model(path: Path) -> object:

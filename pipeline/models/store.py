@@ -7,8 +7,6 @@ every pickle it can run code when it is read: open only files that you or layerf
 __all__ = ["FORMAT", "StoredModel", "load", "save"]
 
 import io
-import pickle
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,14 +60,16 @@ def load(path: Path) -> StoredModel:
         payload = torch.load(path, map_location="cpu", weights_only=False)
     except FileNotFoundError as error:
         raise ModelError(f"no model file {path}", hint="give the path of a .pt file that layerfold wrote") from error
-    except (OSError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
-        raise ModelError(
-            f"{path} is no readable model file: {error}", hint="make it anew; it may be cut short"
-        ) from error
     except (ImportError, AttributeError) as error:
         raise ModelError(
             f"{path} holds a module whose code is not to be found here: {error}",
             hint="install what defines it, or make the file anew with this version of the libraries",
+        ) from error
+    # A damaged file leads the unpickler anywhere: BadZipFile, IndexError, struct.error, AssertionError, TypeError, …
+    except Exception as error:
+        raise ModelError(
+            f"{path} is no readable model file: {str(error) or type(error).__name__}",
+            hint="make it anew; it may be cut short",
         ) from error
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
         raise ModelError(

@@ -5,7 +5,7 @@ __all__ = ["Finding", "Status"]
 from dataclasses import dataclass
 from typing import Literal
 
-Status = Literal["ok", "missing", "broken", "optional"]
+Status = Literal["ok", "missing", "broken", "warning", "optional"]
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,8 @@ class Finding:
     Attributes:
         area: `layerfold`, `library`, `machine`, `device`, `data` or `weights`.
         name: What it is.
-        status: `ok`; `missing` or `broken` where a run needs it; `optional` where only some runs would use it.
+        status: `ok`; `missing` or `broken` where no run works without it; `warning` where it may get in the way;
+            `optional` where only some runs would use it.
         detail: What was found.
         fix: The command or action that gets or mends it; empty where there is nothing to do.
     """

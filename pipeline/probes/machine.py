@@ -43,7 +43,7 @@ def _memory() -> Finding:
     if memory.available / 1e9 >= _MIN_MEMORY_GB:
         return Finding("machine", "memory", "ok", detail)
     return Finding(
-        "machine", "memory", "broken", f"{detail}; conversion needs {_MIN_MEMORY_GB:.0f} GB", "end other programs"
+        "machine", "memory", "warning", f"{detail}; conversion needs {_MIN_MEMORY_GB:.0f} GB", "end other programs"
     )
 
 
@@ -60,7 +60,7 @@ def _disk(name: str, folder: Path) -> Finding:
         return Finding("machine", name, "broken", f"{detail}, not writable", hint)
     if free_gb < _MIN_DISK_GB:
         return Finding(
-            "machine", name, "broken", f"{detail}; a run needs {_MIN_DISK_GB:.0f} GB", f"free some, or {hint}"
+            "machine", name, "warning", f"{detail}; a run needs {_MIN_DISK_GB:.0f} GB", f"free some, or {hint}"
         )
     return Finding("machine", name, "ok", detail)
 
@@ -81,7 +81,7 @@ def _adb() -> list[Finding]:
         return [Finding("device", "adb", "optional", "not on PATH: no Android device can be reached", fix)]
     code, out = _ask(adb, "devices", "-l")
     if code != 0:
-        return [Finding("device", "adb", "broken", f"`adb devices` fails: {out}", "adb kill-server, then try again")]
+        return [Finding("device", "adb", "warning", f"`adb devices` fails: {out}", "adb kill-server, then try again")]
     rows = [line.split() for line in out.splitlines() if line.strip() and not line.startswith(("*", "List of"))]
     if not rows:
         return [Finding("device", "adb", "optional", "no device attached", "attach a phone with USB debugging on")]
@@ -97,7 +97,7 @@ def _adb_device(row: list[str]) -> Finding:
     }
     if state == "device":
         return Finding("device", serial, "ok", f"ready {model}".strip())
-    return Finding("device", serial, "broken", f"state '{state}'", fixes.get(state, "reattach the device"))
+    return Finding("device", serial, "warning", f"state '{state}'", fixes.get(state, "reattach the device"))
 
 
 def _emulated() -> Finding:

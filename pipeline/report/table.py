@@ -95,7 +95,7 @@ def terminal_table(report: RunReport) -> None:
         for row in table.rows:
             rich_table.add_row(*row.cells, style="red" if row.failed else None)
         console.print(rich_table, highlight=False)
-    for line in facts_lines(report)[:4]:
+    for line in facts_lines(report):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 

@@ -31,7 +31,7 @@ def run(context: StageContext) -> dict[str, Any]:
     workbench.save_model(context, "models/baseline.pt", model, **workbench.provenance(context, origin.as_dict()))
     return {
         "weights": f"{origin.source}: {origin.detail}"
-        + ("" if train is None else f", trained {train.epochs:g} epochs"),
+        + ("" if train is None else f", trained {fitting.epochs(train, workbench.split(recipe, 'train')):.3g} epochs"),
         "weights_origin": origin.as_dict(),
         "data": context.stage.facts["data"],
         "counts": workbench.count(recipe, model),

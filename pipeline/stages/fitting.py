@@ -1,8 +1,9 @@
 """Fine-tuning as a recipe's section says: data, augmentation, teacher, curves and checkpoints of one stage."""
 
-__all__ = ["fine_tune"]
+__all__ = ["check", "epochs", "fine_tune"]
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -52,7 +53,7 @@ def fine_tune(
     else:
         source = workbench.split(recipe, "train", holdout=section.holdout)
         held_out = workbench.split(recipe, "select", holdout=section.holdout)
-    _check(stage, source, section, distill)
+    check(stage, source, section, distill)
     if section.randaugment is not None:
         source = RandAugmented(source, workbench.preprocessing(recipe), section.randaugment)
 
@@ -66,7 +67,7 @@ def fine_tune(
             fit(
                 model,
                 source,
-                _config(recipe, section, distill, units),
+                replace(_config(recipe, section, distill, units), epochs=epochs(section, source)),
                 evaluate=held_out,
                 teacher=teacher if distill is not None else None,
                 checkpoint_dir=Path(context.checkpoints),
@@ -77,7 +78,23 @@ def fine_tune(
         )
 
 
-def _check(stage: str, source: ImageSource, section: TrainSection, distill: DistillSection | None) -> None:
+def check(stage: str, source: ImageSource, section: TrainSection, distill: DistillSection | None) -> None:
+    """Refuses what the training images cannot give.
+
+    Args:
+        stage: Names the recipe's section in errors.
+        source: The training images.
+        section: How they are trained on.
+        distill: How much is learned from the baseline.
+
+    Raises:
+        RecipeError: There are no labels, or too few images, for what the section asks.
+    """
+    if not source.labelled and stage == "baseline":
+        raise RecipeError(
+            f"{source.name} has no labels, so baseline.train has nothing to learn from",
+            hint="leave baseline.train out and take pretrained weights (model.weights), or give labelled data",
+        )
     if not source.labelled and (distill is None or distill.weight < 1):
         raise RecipeError(
             f"{source.name} has no labels, so {stage} can only learn from the baseline",
@@ -87,12 +104,18 @@ def _check(stage: str, source: ImageSource, section: TrainSection, distill: Dist
         raise RecipeError(
             f"{source.name} has no labels, which {stage}.train.mixup and cutmix would blend", hint="set both to 0"
         )
-    if section.epochs * source.steps(section.batch_size, train=True) < 1:
+    if epochs(section, source) * source.steps(section.batch_size, train=True) < 1:
         raise RecipeError(
             f"{stage}.train: {len(source)} images in batches of {section.batch_size} for "
             f"{section.epochs} epochs are less than one step",
             hint=f"lower {stage}.train.batch_size or raise data.train_images",
         )
+
+
+def epochs(section: TrainSection, source: ImageSource) -> float:
+    """Passes over the training images: as many as the section says, or as its least number of steps takes."""
+    steps = source.steps(section.batch_size, train=True)
+    return max(section.epochs, (section.min_steps or 0) / steps) if steps else section.epochs
 
 
 def _config(recipe: Recipe, section: TrainSection, distill: DistillSection | None, units: Sequence[str]) -> FitConfig:

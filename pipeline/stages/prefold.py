@@ -147,9 +147,10 @@ def candidates(recipe: Recipe, model: nn.Module) -> list[Unit]:
     named = list(known) if section.units == "all" else list(section.units)
     for name in (*named, *section.exclude):
         if name not in known:
-            close = nearest(name, known)
+            key = "units" if name in named else "exclude"
+            close = nearest(name, (*known, "all"))
             raise UnitError(
-                f"prefold.units: model '{recipe.model.name}' has no unit '{name}'" + (f"; {close}" if close else ""),
+                f"prefold.{key}: model '{recipe.model.name}' has no unit '{name}'" + (f"; {close}" if close else ""),
                 hint=f"its units are {', '.join(known) or 'none'}",
             )
         if section.units != "all" and not known[name].foldable and name in named:

@@ -58,9 +58,8 @@ def split(recipe: Recipe, name: str, *, limit: int | None = None, holdout: float
         holdout: Share of the training images that `train` leaves to `select`.
     """
     limits = {"train": recipe.data.train_images, "eval": recipe.data.eval_images}
-    resolved = datasets.resolve(recipe.data.name, recipe.data.root, recipe.data.fallback)
     source = datasets.open_split(
-        resolved, name, preprocessing(recipe), limit=limit or limits.get(name), seed=recipe.seed, holdout=holdout
+        _data(recipe), name, preprocessing(recipe), limit=limit or limits.get(name), seed=recipe.seed, holdout=holdout
     )
     if source.num_classes is not None and source.num_classes != recipe.model.num_classes:
         raise RecipeError(
@@ -70,12 +69,16 @@ def split(recipe: Recipe, name: str, *, limit: int | None = None, holdout: float
     return source
 
 
+def _data(recipe: Recipe) -> datasets.Resolved:
+    return datasets.resolve_once(recipe.data.name, recipe.data.root, recipe.data.fallback)
+
+
 def labelled(recipe: Recipe) -> ImageSource | None:
     """The recipe's second, labelled set, or None."""
     name = recipe.data.labelled
     if name is None:
         return None
-    return datasets.open_split(datasets.resolve(name, None, None), "labelled", preprocessing(recipe))
+    return datasets.open_split(datasets.resolve_once(name), "labelled", preprocessing(recipe))
 
 
 def example(recipe: Recipe) -> torch.Tensor:
@@ -134,7 +137,8 @@ def provenance(context: StageContext, origin: Mapping[str, Any]) -> dict[str, An
         "licence": origin.get("licence") or "not stated by the source of the weights",
         "seed": recipe.seed,
         "recipe_hash": context.stage.hash,
-        "data": {"name": recipe.data.name, "root": recipe.data.root, "fallback": recipe.data.fallback},
+        # The set that was really there: another one, though asked for, is not what the model knows.
+        "data": {"name": _data(recipe).name, "root": recipe.data.root, "fallback": None},
     }
 
 

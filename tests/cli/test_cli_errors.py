@@ -94,15 +94,19 @@ def test_version_and_shipped_recipes_agree_with_the_package(layerfold) -> None:
     assert "quickstart" in recipe_files.shipped()
 
 
-def test_a_foreign_pipeline_package_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["pipeline", "targets"])
+def test_a_foreign_package_of_our_names_is_named(name: str, tmp_path: Path) -> None:
     import os
     import subprocess
     import sys
 
-    (tmp_path / "pipeline").mkdir()
-    (tmp_path / "pipeline" / "__init__.py").write_text("raise RuntimeError('never imported')")
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "__init__.py").write_text("raise RuntimeError('never imported')")
+    import layerfold
+
+    ours = Path(layerfold.__file__).parent
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ours}"}
     command = [sys.executable, "-m", "layerfold", "doctor"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 2
-    assert str(tmp_path / "pipeline") in done.stderr and "not layerfold's" in done.stderr
+    assert str(tmp_path / name) in done.stderr and "not layerfold's" in done.stderr

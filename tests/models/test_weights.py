@@ -1,14 +1,16 @@
 """Weights land where they should, from every source, and say where they came from."""
 
+import contextlib
 import hashlib
+import random
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from pipeline.errors import WeightsError
-from pipeline.models import packaged_weights, store, weights, zoo
+from pipeline.errors import ModelError, WeightsError
+from pipeline.models import checkpoint_files, packaged_weights, store, weights, zoo
 
 SMALL = "mobilenetv2_cifar_035"
 
@@ -135,6 +137,32 @@ def test_a_truncated_file_is_named(small: nn.Module, tmp_path: Path) -> None:
     (tmp_path / "half.pt").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(WeightsError, match="cut short"):
         weights.load(small, SMALL, str(tmp_path / "half.pt"), num_classes=10)
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_whatever_is_wrong_with_a_file_it_is_named(tmp_path: Path, legacy: bool) -> None:
+    """Cut anywhere and with any bits flipped: an error of ours, whatever the unpickler trips over."""
+    path = tmp_path / "c.pth"
+    torch.save({"a": torch.ones(5, 5)}, path, _use_new_zipfile_serialization=not legacy)
+    whole, chance = path.read_bytes(), random.Random(0)
+    damaged = [whole[:length] for length in range(0, len(whole), 9)]
+    for _ in range(150):
+        copy = bytearray(whole)
+        for _ in range(3):
+            copy[chance.randrange(len(copy))] = chance.randrange(256)
+        damaged.append(bytes(copy))
+    damaged += [bytes([first]) + b"his is a text\nof two lines\n" for first in range(256)]
+    refused = 0
+    for content in damaged:
+        path.write_bytes(content)
+        try:
+            checkpoint_files.read(path)
+        except WeightsError as error:
+            assert str(path) in error.what
+            refused += 1
+        with contextlib.suppress(ModelError):
+            store.load(path)
+    assert refused > len(damaged) // 2
 
 
 def test_unknown_source_names_the_nearest(small: nn.Module) -> None:

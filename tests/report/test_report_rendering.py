@@ -220,6 +220,23 @@ def test_every_check_of_a_file_is_shown() -> None:
     assert "Verification" not in terminal and "Verification" in [item.title for item in table.all_tables(_checked())]
 
 
+def test_the_terminal_says_what_ran_below_the_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    hashes = {"baseline": "abc123", "report": "fed987"}
+    report = _report(versions={"torch": "2.13.0", "timm": "1.0.31"}, stage_hashes=hashes, units_skipped={"b.1": "why"})
+    table.terminal_table(report)
+    end = capsys.readouterr().out.rpartition("Files")[2]
+    for words in (
+        "blocks.3.2",
+        "b.1: why",
+        "3.00e-06",
+        "fashion_mnist",
+        "seed 3",
+        "torch 2.13.0, timm 1.0.31",
+        "baseline abc123, report fed987",
+    ):
+        assert words in end, words
+
+
 def test_an_older_report_without_the_checks_is_still_read(tmp_path) -> None:
     import json
 

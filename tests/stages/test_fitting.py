@@ -75,6 +75,16 @@ def test_every_training_option_reaches_the_loop(raw: dict[str, Any]) -> None:
     assert (config.feature_units, config.feature_weight, config.seed) == (tuple(BLOCKS), 0.7, 5)
 
 
+def test_a_small_data_set_is_gone_through_until_the_least_steps_are_made(run: Run) -> None:
+    # 40 images in batches of 8 are 5 steps an epoch: two epochs, unless 13 steps are asked for.
+    small = {"epochs": 2, "lr": 0.01, "batch_size": 8}
+    steps = {
+        least: run({"prefold.train": small | {"min_steps": least}}, "prefold")["prefold"].metrics["details"]["history"]
+        for least in (4, 13)
+    }
+    assert [rows[-1]["step"] for rows in steps.values()] == [10, 13]
+
+
 def test_augmentation_early_stop_and_feature_distillation_run_and_leave_curves_and_plot(run: Run) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
