@@ -15,7 +15,7 @@ from pipeline.recipe import Recipe
 from pipeline.results.collect import paper_row
 from pipeline.stages import fitting, workbench
 from pipeline.stages.bench import make_targets
-from pipeline.stages.prefold import candidates
+from pipeline.stages.prefold import candidates, penalty_weights
 
 
 def check(recipe: Recipe, *, load_weights: bool) -> None:
@@ -38,7 +38,9 @@ def check(recipe: Recipe, *, load_weights: bool) -> None:
         input_px=section.input_px,
         args=section.args,
     )
-    candidates(recipe, model)
+    units = candidates(recipe, model)
+    if recipe.prefold.method != "closed_form":
+        penalty_weights(recipe, model, units)
     _require_float_units(recipe, model)
     _require_weights(recipe)
     if load_weights:

@@ -1,18 +1,17 @@
 """Stage 2: α-activations learn, under the auxiliary loss, which units can do without their non-linearities."""
 
-__all__ = ["candidates", "run", "thinned", "unit_macs"]
+__all__ = ["candidates", "penalty_weights", "run", "thinned"]
 
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from torch import nn
 
 from pipeline import alpha
 from pipeline.alpha.rings import TRAINING_REACH
 from pipeline.errors import UnitError, nearest
-from pipeline.folding import fold
-from pipeline.folding.units import Unit, find_activations, find_units, linearise
+from pipeline.folding.savings import unit_macs
+from pipeline.folding.units import Unit, find_activations, find_units
 from pipeline.recipe import PrefoldSection, Recipe
 from pipeline.stages import StageContext, closed_form, fitting, workbench
 from pipeline.training.scalars import plot_alphas
@@ -76,7 +75,7 @@ def _learned(
         p=section.p,
         threshold=section.threshold,
         alpha_lr=section.alpha_lr,
-        weights=_penalty_weights(recipe, baseline, units),
+        weights=penalty_weights(recipe, baseline, units),
         lambda_warmup=section.lambda_warmup,
         anneal=_anneal_order(section, list(alpha.values(student))) if section.method == "fixed" else (),
         anneal_order=section.anneal_order,
@@ -171,7 +170,7 @@ def candidates(recipe: Recipe, model: nn.Module) -> list[Unit]:
             else [u for u in chosen if u.name not in inside]
         )
     if section.units == "all":
-        cost = unit_macs(model, [unit.name for unit in chosen], workbench.example(recipe))
+        cost = unit_macs(model, chosen, workbench.example(recipe))
         dear = {name for name, (before, after) in cost.items() if after > section.max_macs_ratio * before}
         chosen = [unit for unit in chosen if unit.name not in dear]
     if not chosen:
@@ -191,8 +190,17 @@ def _layers(model: nn.Module, units: list[Unit]) -> dict[str, Unit]:
     return {name: Unit(name, "activation", (name,), True, "") for name in find_activations(model)}
 
 
-def _penalty_weights(recipe: Recipe, model: nn.Module, units: list[Unit]) -> dict[str, float] | None:
-    """c_l of the auxiliary loss: None for the paper's uniform weights, else by what folding saves."""
+def penalty_weights(recipe: Recipe, model: nn.Module, units: list[Unit]) -> dict[str, float] | None:
+    """c_l of the auxiliary loss: None for the paper's uniform weights, else by what folding saves.
+
+    Args:
+        recipe: Says by what to weigh.
+        model: The network, activations in place.
+        units: Its candidates.
+
+    Raises:
+        UnitError: A unit has no entry in `latency_saved_ms`, or no unit would save anything.
+    """
     if recipe.prefold.penalty_weights == "uniform":
         return None
     if recipe.prefold.penalty_weights == "latency":
@@ -204,17 +212,5 @@ def _penalty_weights(recipe: Recipe, model: nn.Module, units: list[Unit]) -> dic
                     hint="measure it, or leave the unit out with prefold.exclude",
                 )
         return alpha.weights_from_savings({unit.name: saved[unit.name] for unit in units})
-    cost = unit_macs(model, [unit.name for unit in units], workbench.example(recipe))
+    cost = unit_macs(model, units, workbench.example(recipe))
     return alpha.weights_from_savings({name: before - after for name, (before, after) in cost.items()})
-
-
-def unit_macs(model: nn.Module, units: list[str], example: torch.Tensor) -> dict[str, tuple[int, int]]:
-    """MACs of one image in each unit, as it is and as one convolution."""
-    result = fold(linearise(model, units), example, units=units)
-    merged = [segment for segment in result.segments if segment.windows > 1]
-    return {
-        unit: (segment.macs_before, segment.macs_after)
-        for unit in units
-        for segment in merged
-        if segment.name == unit or segment.merged[0].startswith(f"{unit}.")
-    }

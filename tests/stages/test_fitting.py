@@ -169,6 +169,32 @@ def test_all_layers_of_a_network_with_blocks_are_candidates(raw: dict[str, Any])
         assert len(candidates(parse(raw), model)) == count
 
 
+@pytest.mark.parametrize(("name", "px"), [("mlp_4", 16), ("cifar_vgg16", 32)])
+def test_savings_weigh_units_that_are_activations(raw: dict[str, Any], name: str, px: int) -> None:
+    from pipeline.models import zoo
+    from pipeline.stages.prefold import candidates, penalty_weights
+
+    raw["model"] |= {"name": name, "input_px": px}
+    raw["prefold"] = {"penalty_weights": "macs", "train": {"epochs": 1, "lr": 0.1}}
+    recipe, model = parse(raw), zoo.create(name, num_classes=4, input_px=px)
+    units = candidates(recipe, model)
+    weights = penalty_weights(recipe, model, units)
+    assert weights is not None and list(weights) == [unit.name for unit in units]
+    if name == "mlp_4":  # 3·16·16 → 256 → 256 → 256 → 4: an activation that goes merges the layers beside it
+        widths = [3 * 16 * 16, 256, 256, 256, 4]
+        saved = [a * b + b * c - a * c for a, b, c in zip(widths, widths[1:], widths[2:], strict=False)]
+        mean = sum(saved) / len(saved)
+        assert list(weights.values()) == pytest.approx([one / mean for one in saved])
+
+
+def test_penalty_weights_that_cannot_be_are_found_before_the_run(raw: dict[str, Any]) -> None:
+    from pipeline import preflight
+
+    raw["prefold"] |= {"penalty_weights": "latency", "latency_saved_ms": {"blocks.1.1": 1.0}}
+    with pytest.raises(UnitError, match=r"no entry for unit 'blocks\.2\.1'"):
+        preflight.check(parse(raw), load_weights=False)
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
