@@ -60,6 +60,7 @@ class AlphaActivation(nn.Module):
         for name, parameter in activation.named_parameters(recurse=False):
             self.register_parameter(name, parameter)
         self.frozen: float | None = None
+        self._trained = [name for name, parameter in activation.named_parameters(recurse=False) if parameter.requires_grad]
 
     @property
     def activation(self) -> nn.Module:
@@ -71,6 +72,7 @@ class AlphaActivation(nn.Module):
         activation = self.activation
         if self._was_inplace:
             activation.__dict__["inplace"] = True
+        self._train_slopes(True)
         return activation
 
     def freeze(self, value: float | None) -> None:
@@ -80,6 +82,12 @@ class AlphaActivation(nn.Module):
                 self.alpha.fill_(value)
         self.frozen = value
         self.alpha.requires_grad_(value is None)
+        self._train_slopes(value != 1.0)
+
+    def _train_slopes(self, yes: bool) -> None:
+        """What does not run gets no gradient; data-parallel training would wait for it."""
+        for name in self._trained:
+            self.activation.get_parameter(name).requires_grad_(yes)
 
     def coefficient(self, like: Tensor) -> Tensor:
         """α as a tensor of shape () in `like`'s dtype (mixed precision runs σ_α in a lower one)."""

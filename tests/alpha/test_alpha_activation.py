@@ -121,3 +121,20 @@ def test_unknown_penalty_weight_is_named() -> None:
     student = alpha.attach(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), ["1"])
     with pytest.raises(UnitError, match="unknown α 'layer9'"):
         alpha.penalty(student, weights={"layer9": 1.0})
+
+
+def test_slopes_train_only_where_they_run() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 3, 1), nn.PReLU(3), nn.Conv2d(3, 3, 1), nn.PReLU(), nn.Conv2d(3, 3, 1))
+    network[3].requires_grad_(False)
+    student = alpha.attach(network, ["1", "3"], ring=False)
+    for value in (1.0, 0.0, 0.5, None):
+        alpha.freeze_(student, {"1": value, "3": value})
+        student.zero_grad(set_to_none=True)
+        student(torch.randn(1, 3, 4, 4)).sum().backward()
+        # Data-parallel training waits for every parameter that wants a gradient.
+        assert all((p.grad is not None) == p.requires_grad for p in student.parameters())
+        assert student[1].weight.requires_grad == (value != 1.0) and not student[3].weight.requires_grad
+    assert student[1].alpha.requires_grad
+    alpha.freeze_(student, {"1": 1.0})
+    kept = alpha.settle(student, threshold=1.0)  # nothing is above it: the original comes back, to train on
+    assert kept[1].weight.requires_grad and not kept[3].weight.requires_grad
