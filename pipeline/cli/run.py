@@ -2,6 +2,7 @@
 
 __all__ = ["command"]
 
+import os
 from pathlib import Path
 
 import click
@@ -15,7 +16,7 @@ from pipeline.cli.options import (
     set_option,
     terminated_as_interrupt,
 )
-from pipeline.errors import VerifyError
+from pipeline.errors import TrainingError, VerifyError
 
 _EPILOG = """\b
 Examples:
@@ -37,6 +38,7 @@ def command(recipe: str, out: Path | None, overrides: tuple[str, ...], quick: bo
 
     Finished stages are kept and never run again; a stopped or killed run resumes with the same command.
     """
+    _refuse_several_processes()
     from pipeline.study.schema import is_study
 
     if is_study(recipe):
@@ -66,4 +68,19 @@ def command(recipe: str, out: Path | None, overrides: tuple[str, ...], quick: bo
         raise VerifyError(
             "; ".join(report.failures),
             hint=f"see the red rows of {outcome.folder / 'report.html'}; the files are kept for inspection",
+        )
+
+
+def _refuse_several_processes() -> None:
+    """Stops before every process of a `torchrun` begins the same run: all of them would want the run folder.
+
+    Raises:
+        TrainingError: This is one of several processes.
+    """
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size.isdecimal() and int(size) > 1:
+        raise TrainingError(
+            f"this is one of {size} processes (WORLD_SIZE), and `layerfold run` is one process",
+            hint="start it without torchrun; what trains on several processes is a script of your own that calls "
+            "pipeline.training.loop.fit (docs/training.md)",
         )

@@ -35,6 +35,13 @@ def test_wrong_input_is_named_and_nothing_is_written(arguments, words, layerfold
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_run_under_torchrun_is_refused(layerfold, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = layerfold("run", "quickstart", "--quick", cwd=tmp_path)
+    assert done.returncode == 2 and "one of 2 processes" in done.stderr and "training.loop.fit" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_unit_that_does_not_exist_is_named_before_anything_is_written(layerfold, tmp_path: Path) -> None:
     overrides = ["--set", "prefold.method=fixed", "--set", "prefold.units=[blocks.9.9]"]
     done = layerfold("run", "quickstart", "--quick", *overrides, cwd=tmp_path)
