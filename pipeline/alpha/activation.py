@@ -60,7 +60,9 @@ class AlphaActivation(nn.Module):
         for name, parameter in activation.named_parameters(recurse=False):
             self.register_parameter(name, parameter)
         self.frozen: float | None = None
-        self._trained = [name for name, parameter in activation.named_parameters(recurse=False) if parameter.requires_grad]
+        self._trained = [
+            name for name, parameter in activation.named_parameters(recurse=False) if parameter.requires_grad
+        ]
 
     @property
     def activation(self) -> nn.Module:
