@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from pipeline import facts, runner
 from pipeline.artifacts import StageOutput, write_atomic
 from pipeline.errors import ArtifactError, RunFolderError
+from pipeline.os_errors import os_errors_named
 from pipeline.plan import Plan, build
 from pipeline.runner import RunEvents, StageState
 from pipeline.study import figures, page
@@ -68,9 +69,16 @@ def execute(
         say: Told what is being downloaded.
 
     Raises:
-        RunFolderError: The folder belongs to another study, or another process is at work in it.
+        RunFolderError: The folder belongs to another study, another process is at work in it, or it cannot be written.
         LayerfoldError: Whatever a stage raises; the same command resumes.
     """
+    with os_errors_named(folder, again="run the same command again: it resumes"):
+        return _execute(study, folder, events, say)
+
+
+def _execute(
+    study: Study, folder: Path, events: Callable[[Plan, str], RunEvents], say: Callable[[str], None]
+) -> StudyResult:
     _prepare(study, folder)
     lock = FileLock(folder / ".lock")
     try:
@@ -110,7 +118,12 @@ def _prepare(study: Study, folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise RunFolderError(f"{folder} is a file, not a folder", hint="give another folder with --out")
     if mark.is_file():
-        owner = yaml.safe_load(mark.read_text(encoding="utf-8"))
+        try:
+            owner = yaml.safe_load(mark.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise RunFolderError(
+                f"{mark} is damaged: {' '.join(str(error).split())}", hint="delete it, or give another --out"
+            ) from error
         if not isinstance(owner, dict) or owner.get("name") != study.name:
             raise RunFolderError(f"{folder} belongs to another study", hint="give another folder with --out")
     elif folder.is_dir() and any(path.name != ".lock" for path in folder.iterdir()):

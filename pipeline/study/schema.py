@@ -17,6 +17,16 @@ from pipeline.recipe import Recipe, parse
 from pipeline.recipe_training import Positive, Section
 
 Strength = Annotated[float, Field(ge=0)]
+Strengths = Annotated[tuple[Strength, ...], Field(min_length=1)]
+
+# What a study gives each of its runs, and where it says so; the same key in its recipe would be lost.
+_GIVEN_BY_THE_STUDY = {
+    "name": "the study's name and the network's make it",
+    "variant": "`--quick` sets it",
+    "seed": "list them in the study's key 'seeds'",
+    "prefold.lambda_c": "list them in the key 'lambda_c' of the study or of the network",
+    "quick": "put what `--quick` changes into the study's own section 'quick', as 'recipe.…'",
+}
 
 
 class Study(Section):
@@ -29,7 +39,7 @@ class Study(Section):
     """Set by `--quick`, so that a short study is never taken for a full one."""
     reduced: str = ""
     """What is less than in the paper (images, epochs, resolution); shown with every result."""
-    lambda_c: Annotated[tuple[Strength, ...], Field(min_length=1)]
+    lambda_c: Strengths
     """λ_c of each run; 0 keeps the depth and is what the others are compared with."""
     seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**31)], ...], Field(min_length=1)] = (0,)
     measure: Literal["settled", "folded"] = "settled"
@@ -41,7 +51,8 @@ class Study(Section):
     networks: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
     """For each network what it changes in the recipe: dotted keys and values, such as `model.name: mlp_4`.
 
-    The key `lambda_c` is no recipe key: it holds the network's own list in place of the study's.
+    The key `lambda_c` is no recipe key: it holds the network's own list in place of the study's. What the study
+    itself says of each run (`seed`, `prefold.lambda_c`) has no place here, nor in `recipe`.
     """
     quick: dict[str, Any] = Field(default_factory=dict)
     """Dotted overrides that `--quick` applies before `--set`."""
@@ -111,13 +122,16 @@ def cells(study: Study) -> list[Cell]:
     """The runs of a study, network by network, λ_c rising.
 
     Raises:
-        RecipeError: A run's recipe does not fit the recipe schema; network and key are named.
+        RecipeError: A run's recipe does not fit the recipe schema, or has a key that the study gives each run;
+            network and key are named.
     """
     found = []
+    _refuse_given(_dotted(study.recipe), f"study '{study.name}', recipe")
     for network, given in study.networks.items():
         origin = f"study '{study.name}', network '{network}'"
         changes = dict(given)
         strengths = _strengths(changes.pop("lambda_c", study.lambda_c), origin)
+        _refuse_given(_dotted(changes), origin)
         for seed in study.seeds:
             for lambda_c in strengths:
                 keys = {**_dotted(changes), "prefold.lambda_c": lambda_c, "seed": seed}
@@ -130,9 +144,19 @@ def cells(study: Study) -> list[Cell]:
 def _strengths(given: Any, origin: str) -> list[float]:
     """The λ_c of a network, rising, each once."""
     try:
-        return sorted(set(TypeAdapter(tuple[Strength, ...]).validate_python(given))) or [0.0]
+        return sorted(set(TypeAdapter(Strengths).validate_python(given)))
     except ValidationError as error:
-        raise RecipeError(f"{origin}: lambda_c is {given!r}, expected numbers of 0 or more", hint="mend it") from error
+        raise RecipeError(
+            f"{origin}: lambda_c is {given!r}, expected one or more numbers of 0 or more", hint="mend it"
+        ) from error
+
+
+def _refuse_given(keys: Iterable[str], origin: str) -> None:
+    """Refuses what the study would silently put its own value over."""
+    for key in keys:
+        for given, instead in _GIVEN_BY_THE_STUDY.items():
+            if f"{key}.".startswith(f"{given}."):
+                raise RecipeError(f"{origin}: '{key}' is given by the study", hint=f"leave it out: {instead}")
 
 
 def study_folder_name(study: Study) -> str:

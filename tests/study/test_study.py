@@ -108,6 +108,11 @@ def test_overrides_reach_the_shared_recipe_and_quick_marks_every_run(study_file:
         ("networks.two.model.nam=x", ["network 'two'", "model.nam"]),
         ("seeds=[-1]", ["seeds"]),
         ("networks.two.lambda_c=[-1]", ["network 'two'", "lambda_c", "-1"]),
+        ("networks.two.lambda_c=[]", ["network 'two'", "lambda_c"]),
+        ("recipe.seed=3", ["recipe: 'seed'", "'seeds'"]),
+        ("recipe.prefold.lambda_c=0.5", ["recipe: 'prefold.lambda_c'", "'lambda_c'"]),
+        ("networks.two={model.name: mlp_2, prefold: {lambda_c: 1}}", ["network 'two'", "'prefold.lambda_c'"]),
+        ("recipe.quick={prefold.p: 1}", ["recipe: 'quick", "`--quick`"]),
     ],
 )
 def test_a_wrong_key_names_the_network_and_the_key(study_file: Path, override: str, words: list[str]) -> None:
@@ -166,6 +171,15 @@ def test_a_foreign_folder_is_left_alone(study_file: Path, tmp_path: Path) -> Non
     (folder / "study.yaml").write_text("name: other\n")
     with pytest.raises(RunFolderError, match="another study"):
         execute.execute(study, folder, Watch(), quiet)
+    for damaged in (b"name: [", b"\xff\xfe\x00name"):
+        (folder / "study.yaml").write_bytes(damaged)
+        with pytest.raises(RunFolderError, match=r"study\.yaml is damaged.*\n  fix: delete it"):
+            execute.execute(study, folder, Watch(), quiet)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunFolderError, match="give another folder with --out"):
+        execute.execute(study, tmp_path / "file" / "out", Watch(), quiet)
+    with pytest.raises(RunFolderError, match="--out"):
+        execute.execute(study, Path("/proc/no_folder"), Watch(), quiet)
 
 
 def test_folded_networks_can_be_measured(study_file: Path, tmp_path: Path) -> None:
