@@ -64,7 +64,10 @@ class TrainSection(Section):
     """Decay of the moving average of weights that is kept instead of the last weights."""
     grad_clip_norm: Positive | None = None
     patience: Count | None = None
-    """Stop when so many epochs in a row were no better on the held-out images; the best epoch is kept."""
+    """Stop when so many epochs in a row were no better on the held-out images; the best epoch is kept.
+
+    In `prefold` only epochs after α came to rest count: learned α need `snap_at`.
+    """
     holdout: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """With `patience`: the share of the training images that is scored on instead of trained on."""
     freeze_bn: bool = False
@@ -154,6 +157,13 @@ class PrefoldSection(Section):
             raise ValueError(f"prefold.method '{self.method}' needs prefold.units: the names of the units to fold")
         if self.method != "closed_form" and self.train is None:
             raise ValueError(f"prefold.method '{self.method}' needs prefold.train: epochs, lr, …")
+        rests_at = self.snap_at if self.method == "alpha" else max(self.anneal_fraction, self.snap_at or 0.0)
+        stops_early = self.method != "closed_form" and self.train is not None and self.train.patience is not None
+        if stops_early and (rests_at is None or rests_at >= 1.0):
+            below = "prefold.snap_at" if self.method == "alpha" else "prefold.anneal_fraction"
+            raise ValueError(
+                f"prefold.train.patience compares epochs after α came to rest: it needs {below} below 1, such as 0.5"
+            )
         if self.penalty_weights == "latency" and not self.latency_saved_ms:
             raise ValueError("prefold.penalty_weights 'latency' needs prefold.latency_saved_ms: ms by unit")
         if self.per == "layer" and (self.method == "closed_form" or self.init == "closed_form"):

@@ -2,7 +2,7 @@
 
 __all__ = ["AlphaSchedule", "apply_"]
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -61,9 +61,14 @@ class AlphaSchedule:
             return self.lambda_c
         return self.lambda_c * position / self.lambda_warmup
 
-    @property
-    def settled_at(self) -> float:
-        """Position from which nothing is forced any more: what is trained is what will be settled, or α is free."""
+    def rests_at(self, free: Iterable[str]) -> float:
+        """Position from which no α moves any more, so that what is trained is what will be settled; 1 for never.
+
+        Args:
+            free: The α that train, by name.
+        """
+        if self.snap_at is None and not set(free) <= set(self.anneal):
+            return 1.0
         return max(self.anneal_fraction if self.anneal else 0.0, self.snap_at or 0.0)
 
     def annealed(self, position: float) -> dict[str, float]:

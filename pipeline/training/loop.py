@@ -70,7 +70,7 @@ def fit(
 
     Raises:
         TrainingError: Loss is not finite again and again; checkpoints do not fit or cannot be written; the
-            configuration asks for what is not there.
+            configuration asks for what is not there, or for an early stop while α still learns.
         KeyboardInterrupt: Passed on, after a checkpoint was written.
     """
     return _Fit(model, train, config, evaluate, teacher, checkpoint_dir, on_progress, alpha, device).run()
@@ -122,6 +122,7 @@ class _Fit:
         self.objective = Objective(model, teacher, train, config, self.device)
         warmup = min(round(config.warmup_epochs * self.epoch_steps), self.total_steps)
         self.take_step = Stepper(self.state, self.objective, config, alpha, self.total_steps, warmup, self.world)
+        self.rests_at = self._rests_at()
         self.interruptions = Interruptions()
         self.unread: list[Tensor] = []
         self.last_loss = math.nan
@@ -164,6 +165,24 @@ class _Fit:
         model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         self._tell("", force=True)
         return FitResult(model.eval(), self.state.history, self.state.alpha_trace, final, self.state.step, resumed_at)
+
+    def _rests_at(self) -> float:
+        """Position from which α rests.
+
+        Raises:
+            TrainingError: Early stopping would compare epochs of networks that α still tells apart.
+        """
+        if self.alpha is None:
+            return 0.0
+        free = [name for name, parameter in alphas.alphas(self.state.model).items() if parameter.requires_grad]
+        rests_at = self.alpha.rests_at(free)
+        if self.config.patience is not None and rests_at >= 1.0:
+            raise TrainingError(
+                "patience compares epochs, but α moves to the last step: the best epoch would be the one with the "
+                "least α",
+                hint="let α come to rest before (AlphaSchedule.snap_at or anneal_fraction below 1), or drop patience",
+            )
+        return rests_at
 
     def _begin(self) -> int | None:
         """Loads the last checkpoint, or writes the first one; returns the step to go on from, if any."""
@@ -236,8 +255,8 @@ class _Fit:
         state.loss_sum = 0.0
         state.history.append(row)
         # The best epoch must not be one from before α came to rest: its weights belong to another network.
-        settled = self.alpha is None or state.step / self.total_steps >= self.alpha.settled_at
-        evaluation = self.scorer.end_of_epoch(state, watch=settled)
+        # α is set before each step, so it rests once the last step began after that.
+        evaluation = self.scorer.end_of_epoch(state, watch=(state.step - 1) / self.total_steps >= self.rests_at)
         if evaluation is not None:
             row["evaluation"] = evaluation.as_dict()
 

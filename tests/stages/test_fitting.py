@@ -201,6 +201,12 @@ def test_penalty_weights_that_cannot_be_are_found_before_the_run(raw: dict[str, 
         ({"prefold.train.accumulate": 3}, RecipeError, "accumulate is 3"),
         ({"prefold.train.mixup": 0.1, "prefold.train.accumulate": 8}, RecipeError, "pair images"),
         ({"prefold.penalty_weights": "latency"}, RecipeError, "latency_saved_ms"),
+        ({"prefold.method": "alpha", "prefold.train.patience": 2}, RecipeError, "needs prefold.snap_at below 1"),
+        (
+            {"prefold.anneal_fraction": 1.0, "prefold.train.patience": 2},
+            RecipeError,
+            "needs prefold.anneal_fraction below 1",
+        ),
         ({"prefold.per": "layer", "prefold.init": "closed_form"}, RecipeError, "whole units"),
         ({"prefold.train.randaugment": "cutout"}, Exception, "RandAugment policy"),
         (

@@ -249,6 +249,30 @@ def test_average_and_best_epoch_leave_forced_alphas_at_their_ends(tmp_path: Path
     torch.testing.assert_close(settled(x), result.model(x))
 
 
+def test_early_stop_waits_until_alpha_rests(tmp_path: Path) -> None:
+    def student() -> nn.Module:
+        return alpha.set_values(alpha.attach(tiny_network(), ["2", "5"]), 1e-4)
+
+    config = {"epochs": 2, "lr": 1e-6, "batch_size": 16}
+    learned = alpha.AlphaSchedule(lambda_c=0.0, alpha_lr=0.0)
+    for moving in (learned, alpha.AlphaSchedule(anneal=("2", "5"), anneal_fraction=1.0)):
+        with pytest.raises(TrainingError, match=r"(?s)patience compares epochs.*snap_at"):
+            fit(
+                student(), TinySource(), FitConfig(**config, patience=3), evaluate=TinySource(20),
+                checkpoint_dir=tmp_path / "refused", alpha=moving,
+            )  # fmt: skip
+    # At such a rate accuracy stands still. The first epoch ends just before the snap, so it is not the best one.
+    snapped = alpha.AlphaSchedule(lambda_c=0.0, alpha_lr=0.0, snap_at=0.5)
+    best, last = (
+        fit(
+            student(), TinySource(), FitConfig(**config, patience=patience), evaluate=TinySource(20),
+            checkpoint_dir=tmp_path / str(patience), alpha=snapped,
+        )
+        for patience in (3, None)
+    )  # fmt: skip
+    assert [row["step"] for row in best.history] == [4, 8] and same(best.model, last.model)
+
+
 def test_distillation_without_labels_follows_the_teacher(tmp_path: Path) -> None:
     teacher = tiny_network()
     fit(teacher, TinySource(128), FitConfig(epochs=4, lr=0.05, batch_size=16), checkpoint_dir=tmp_path / "teacher")
