@@ -34,7 +34,7 @@ _SPECS = (
     ),
     _StageSpec("prefold", ("prefold",), ("baseline",), code_version=3),
     _StageSpec("fold", ("fold",), ("baseline", "prefold"), code_version=3),
-    _StageSpec("postfold", ("postfold",), ("baseline", "fold")),
+    _StageSpec("postfold", ("postfold",), ("baseline", "fold"), code_version=2),
     _StageSpec("export", ("export",), ("baseline", "postfold"), code_version=4),
     _StageSpec("quantize", ("quantize",), ("baseline", "postfold", "export"), code_version=4),
     _StageSpec("verify", ("verify",), ("baseline", "postfold", "export", "quantize"), code_version=3),

@@ -15,6 +15,7 @@ from pipeline.recipe import Recipe
 from pipeline.results.collect import paper_row
 from pipeline.stages import fitting, workbench
 from pipeline.stages.bench import make_targets
+from pipeline.stages.fitting import check_features
 from pipeline.stages.prefold import candidates, penalty_weights
 
 
@@ -39,6 +40,7 @@ def check(recipe: Recipe, *, load_weights: bool) -> None:
         args=section.args,
     )
     units = candidates(recipe, model)
+    check_features(recipe, model, units)
     if recipe.prefold.method != "closed_form":
         penalty_weights(recipe, model, units)
     _require_float_units(recipe, model)

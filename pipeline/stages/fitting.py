@@ -1,6 +1,6 @@
 """Fine-tuning as a recipe's section says: data, augmentation, teacher, curves and checkpoints of one stage."""
 
-__all__ = ["check", "epochs", "fine_tune"]
+__all__ = ["check", "check_features", "epochs", "fine_tune"]
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -8,9 +8,10 @@ from pathlib import Path
 
 from torch import nn
 
-from pipeline.alpha import AlphaSchedule
+from pipeline.alpha import AlphaSchedule, is_activation
 from pipeline.data.sources import ImageSource
-from pipeline.errors import RecipeError
+from pipeline.errors import RecipeError, nearest
+from pipeline.folding.units import Unit, find_units
 from pipeline.recipe import DistillSection, Recipe, TrainSection
 from pipeline.stages import StageContext, workbench
 from pipeline.training.augment import RandAugmented
@@ -76,6 +77,38 @@ def fine_tune(
                 device=workbench.device(recipe),
             )
         )
+
+
+def check_features(recipe: Recipe, model: nn.Module, units: Sequence[Unit]) -> None:
+    """Finds feature distillation that has nothing to read, before anything is trained.
+
+    Args:
+        recipe: The checked recipe.
+        model: The baseline, with weights or without.
+        units: The candidates of pre-folding.
+
+    Raises:
+        RecipeError: `features: units` meets units that are activations, or a name is no module of the network.
+    """
+    known = [name for name, _ in model.named_modules() if name]
+    for stage, section in (("prefold", recipe.prefold), ("postfold", recipe.postfold)):
+        features = section.distill.features if section.distill is not None and section.train is not None else "none"
+        if features == "units":
+            bare = [unit.name for unit in (units if stage == "prefold" else find_units(model))]
+            bare = [name for name in bare if is_activation(model.get_submodule(name))]
+            if bare:
+                raise RecipeError(
+                    f"{stage}.distill.features is 'units', but unit '{bare[0]}' is an activation: it has no output "
+                    "to keep, since it is what goes",
+                    hint=f"name modules behind it in {stage}.distill.features, or set it to none",
+                )
+        elif features != "none":
+            for name in features:
+                if name not in known:
+                    raise RecipeError(
+                        f"{stage}.distill.features: model '{recipe.model.name}' has no module '{name}'",
+                        hint=nearest(name, known) or "name modules of the baseline",
+                    )
 
 
 def check(stage: str, source: ImageSource, section: TrainSection, distill: DistillSection | None) -> None:

@@ -25,6 +25,7 @@ def run(context: StageContext) -> dict[str, Any]:
     section = recipe.prefold
     baseline = workbench.load_model(context, "baseline", "models/baseline.pt")
     units = candidates(recipe, baseline)
+    fitting.check_features(recipe, baseline, units)
     if section.method == "closed_form":
         settled, values, details = _closed_form(context, baseline, [unit.name for unit in units])
     else:

@@ -12,10 +12,12 @@ import yaml
 from pipeline import facts, plan, recipe_files, runner
 from pipeline.artifacts import StageOutput
 from pipeline.errors import RecipeError, UnitError
+from pipeline.models import store
 from pipeline.recipe import parse
-from pipeline.stages import fitting
+from pipeline.stages import fitting, postfold
 from pipeline.stages.prefold import thinned
 
+FILES = (("baseline", "baseline"), ("postfold", "folded"))
 BLOCKS = ["blocks.1.1", "blocks.2.1"]
 
 
@@ -154,8 +156,11 @@ def test_an_alpha_for_each_layer_folds_whole_units_only(run: Run) -> None:
 
 
 def test_a_block_that_keeps_its_last_activation_counts_as_folded(run: Run) -> None:
-    outputs = run({"model.name": "cifar_resnet20", "prefold.units": ["layer1.1", "layer2.0"]}, last="fold")
+    changes = {"model.name": "cifar_resnet20", "prefold.units": ["layer1.1", "layer2.0"]}
+    outputs = run(changes | {"postfold.distill": {"weight": 0.5, "features": "units"}})
     assert outputs["fold"].metrics["units_folded"] == ["layer1.1", "layer2.0"]
+    baseline, folded = (store.load(outputs[s].file(f"models/{n}.pt")).module for s, n in FILES)
+    assert postfold._outputs(folded, baseline, ["layer1.1", "layer2.0"]) == ["layer1.1.act2", "layer2.0.act2"]
     assert outputs["fold"].metrics["units_skipped"] == {} and outputs["fold"].metrics["max_abs_error"] < 1e-4
 
 
@@ -201,6 +206,21 @@ def test_penalty_weights_that_cannot_be_are_found_before_the_run(raw: dict[str, 
         ({"prefold.train.accumulate": 3}, RecipeError, "accumulate is 3"),
         ({"prefold.train.mixup": 0.1, "prefold.train.accumulate": 8}, RecipeError, "pair images"),
         ({"prefold.penalty_weights": "latency"}, RecipeError, "latency_saved_ms"),
+        (
+            {"model.name": "mlp_3", "prefold.units": ["act1"], "prefold.distill": {"weight": 1, "features": "units"}},
+            RecipeError,
+            "prefold.distill.features is 'units', but unit 'act1' is an activation",
+        ),
+        (
+            {"model.name": "mlp_3", "prefold.units": ["act1"], "postfold.distill": {"weight": 1, "features": "units"}},
+            RecipeError,
+            "postfold.distill.features is 'units', but unit 'act1'",
+        ),
+        (
+            {"postfold.distill": {"weight": 1, "features": ["blocks.1.9"]}},
+            RecipeError,
+            r"postfold.distill.features: .* no module 'blocks\.1\.9'",
+        ),
         ({"prefold.method": "alpha", "prefold.train.patience": 2}, RecipeError, "needs prefold.snap_at below 1"),
         (
             {"prefold.anneal_fraction": 1.0, "prefold.train.patience": 2},
