@@ -48,8 +48,10 @@ class AlphaSchedule:
 
     def __post_init__(self) -> None:
         for name, low in (("lambda_c", 0.0), ("p", 1.0)):
-            if getattr(self, name) < low:
+            if not getattr(self, name) >= low:  # NaN is neither
                 raise TrainingError(f"AlphaSchedule.{name} is {getattr(self, name)}, expected at least {low:g}")
+        if self.alpha_lr is not None and not self.alpha_lr >= 0.0:
+            raise TrainingError(f"AlphaSchedule.alpha_lr is {self.alpha_lr}, expected at least 0, or None")
         for name in ("threshold", "lambda_warmup", "anneal_fraction", "snap_at"):
             value = getattr(self, name)
             if value is not None and not 0.0 <= value <= 1.0:

@@ -33,7 +33,7 @@ from pipeline.alpha import rings
 from pipeline.alpha.activation import AlphaActivation, is_activation
 from pipeline.alpha.padding import RingConv2d
 from pipeline.alpha.replacement import AlphaUnit
-from pipeline.errors import UnitError, nearest
+from pipeline.errors import TraceError, UnitError, nearest
 from pipeline.folding.units import find_units
 
 
@@ -63,7 +63,8 @@ def attach(
     Raises:
         UnitError: A name is unknown, holds no activation, or one activation belongs to two units; `per` or
             `initial` is out of range.
-        TraceError: With `ring`, the network cannot be traced.
+        TraceError: With `ring`, the network cannot be traced. Without, such a network has no units: names are of
+            modules and activations, and "all" is every activation.
     """
     if per not in ("unit", "layer"):
         raise UnitError(f"per is {per!r}", hint="it is 'unit' or 'layer'")
@@ -71,7 +72,7 @@ def attach(
         raise UnitError(f"initial is {initial}", hint="α lies in [0, 1]")
     student = copy.deepcopy(model)
     modules = dict(student.named_modules())
-    groups = _groups(student, units, per)
+    groups = _groups(student, units, per, traced=ring)
     reference = next(iter(student.parameters()), torch.zeros(()))
     blended: dict[str, AlphaActivation | None] = {}
     owner: dict[int, str] = {}
@@ -101,10 +102,15 @@ def attach(
     return student
 
 
-def _groups(model: nn.Module, units: Sequence[str] | str, per: str) -> dict[str, list[str]]:
+def _groups(model: nn.Module, units: Sequence[str] | str, per: str, *, traced: bool) -> dict[str, list[str]]:
     """Activation names by the name of their α, in the order asked."""
     modules = dict(model.named_modules())
-    known = _fold_units(model)
+    try:
+        known = _fold_units(model)
+    except TraceError:
+        if traced:
+            raise
+        known = {}
     if units == "all":
         foldable = [name for name, (_, ok) in known.items() if ok]
         names = foldable or [name for name, module in modules.items() if is_activation(module)]
@@ -221,10 +227,20 @@ def hold_(student: nn.Module) -> None:
 
 
 def snap_(student: nn.Module, threshold: float = 0.9) -> dict[str, float]:
-    """Fixes every α above `threshold` at 1 and every other at 0; returns the values from before."""
+    """Fixes every α above `threshold` at 1 and every other at 0; returns the values from before.
+
+    Raises:
+        UnitError: `threshold` is outside [0, 1].
+    """
+    _check_threshold(threshold)
     before = values(student)
     freeze_(student, {group: 1.0 if value > threshold else 0.0 for group, value in before.items()})
     return before
+
+
+def _check_threshold(threshold: float) -> None:
+    if not 0.0 <= threshold <= 1.0:
+        raise UnitError(f"threshold is {threshold}", hint="α lies in [0, 1], and so does its threshold")
 
 
 def settle(student: nn.Module, threshold: float = 0.9) -> nn.Module:
@@ -238,7 +254,11 @@ def settle(student: nn.Module, threshold: float = 0.9) -> nn.Module:
     Args:
         student: What `attach` returned.
         threshold: τ of the paper, in [0, 1].
+
+    Raises:
+        UnitError: `threshold` is out of range.
     """
+    _check_threshold(threshold)
     settled = copy.deepcopy(student)
     ringed = any(isinstance(module, RingConv2d) for module in settled.modules())
     rings.remove(settled)

@@ -10,7 +10,7 @@ from torch import nn
 
 import pipeline.models.zoo  # noqa: F401  repairs torchvision before timm
 from pipeline import alpha
-from pipeline.errors import UnitError
+from pipeline.errors import TraceError, UnitError
 
 CONV = "conv"
 
@@ -178,3 +178,31 @@ def test_blended_network_trains_alpha_by_the_loss() -> None:
     optimiser.step()
     # d/dα (1 − α²) = −2α, so one step of 0.1 moves 0.5 by 0.1.
     assert alpha.values(student)["1"] == pytest.approx(0.6)
+
+
+def test_without_rings_a_network_need_not_be_traced() -> None:
+    class Forked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = chain((CONV, 4, 3, 1, 1, 1), nn.ReLU(), (CONV, 4, 3, 1, 1, 1), nn.ReLU())
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layers(x + 1 if x.sum() > 0 else x)
+
+    network = Forked()
+    with pytest.raises(TraceError, match=r"x\.sum"):
+        alpha.attach(network)
+    student = alpha.attach(network, ring=False)
+    names = [name for name, module in network.named_modules() if isinstance(module, nn.ReLU)]
+    assert list(alpha.values(student)) == names and len(names) == 2
+    settled = alpha.settle(alpha.set_values(student, {names[0]: 1.0}))
+    assert isinstance(settled.get_submodule(names[0]), nn.Identity)
+    assert isinstance(settled.get_submodule(names[1]), nn.ReLU)
+
+
+@pytest.mark.parametrize("threshold", [1.5, -0.1, float("nan")])
+def test_a_threshold_that_no_alpha_can_pass_is_refused(network: nn.Module, threshold: float) -> None:
+    student = alpha.attach(network, ["0.act1"], ring=False)
+    for act in (alpha.settle, alpha.snap_):
+        with pytest.raises(UnitError, match="threshold is"):
+            act(student, threshold=threshold)
