@@ -17,7 +17,9 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
     "amp": ("off", "bf16", "fp16"),
 }
 _POSITIVE = ("epochs", "lr", "batch_size", "accumulate", "distill_temperature")
-_NON_NEGATIVE = ("weight_decay", "warmup_epochs", "checkpoint_every_s", "feature_weight", "mixup", "cutmix")
+_NON_NEGATIVE = ("retries", "weight_decay", "warmup_epochs", "checkpoint_every_s", "feature_weight", "mixup", "cutmix")
+_POSITIVE_IF_GIVEN = ("grad_clip", "patience", "max_steps")
+_WHOLE = ("batch_size", "accumulate", "patience", "max_steps", "retries", "seed")
 _FRACTIONS = ("momentum", "label_smoothing", "ema_decay", "distill_weight")
 
 
@@ -94,6 +96,13 @@ class FitConfig:
         for name in _POSITIVE:
             if not getattr(self, name) > 0:
                 raise self._wrong(name, "more than 0")
+        for name in _POSITIVE_IF_GIVEN:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise self._wrong(name, "more than 0, or None")
+        for name in _WHOLE:
+            if not isinstance(getattr(self, name), int | None):
+                raise self._wrong(name, "a whole number")
         for name in _NON_NEGATIVE:
             if not getattr(self, name) >= 0:
                 raise self._wrong(name, "at least 0")

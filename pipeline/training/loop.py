@@ -287,6 +287,8 @@ class _Fit:
         self.state.rate_scale = scale
         event = {"event": "non-finite loss", "step": self.state.step, "reason": reason, "rate_scale": scale}
         self.state.history.append(event)
+        self.world.wait()  # others may still be reading
+        self._save()  # with the event and the rate: the next return, and a run that goes on from here, know of them
         self._tell(f"{reason}; back to step {self.state.step} with the rate times {scale:g}", force=True)
 
     def _tell(self, note: str, *, force: bool = False) -> None:

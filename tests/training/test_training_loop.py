@@ -146,6 +146,26 @@ def test_non_finite_loss_goes_back_and_halves_the_rate(tmp_path: Path) -> None:
     assert halved.history[-1]["lr"] == pytest.approx(0.05)
 
 
+def test_every_return_leaves_its_row_and_its_rate(tmp_path: Path) -> None:
+    class Twice(TinySource):
+        def batches(self, *args: Any, **options: Any) -> Any:
+            for images, labels in super().batches(*args, **options):
+                images[0, 0, 0, 0] = torch.nan if self.served in (3, 6) else images[0, 0, 0, 0]
+                yield images, labels
+
+    config = FitConfig(epochs=2, lr=0.1, batch_size=16, checkpoint_every_s=1e9, schedule="constant")
+
+    def die(progress: Progress) -> None:
+        assert progress.lr == 0.1, "killed"
+
+    with pytest.raises(AssertionError, match="killed"):  # without a checkpoint, at the first step after the return
+        fit(tiny_network(), TinySource(poison_at=3), config, checkpoint_dir=tmp_path / "cut", on_progress=die)
+    saved = checkpoint.load(tmp_path / "cut")
+    assert saved is not None and saved["rate_scale"] == 0.5
+    result = fit(tiny_network(), Twice(), config, checkpoint_dir=tmp_path / "whole")
+    assert [row["rate_scale"] for row in result.history if "event" in row] == [0.5, 0.25]
+
+
 def test_hopeless_divergence_ends_in_an_error(tmp_path: Path) -> None:
     source = TinySource()
     source.images[3] = torch.inf
@@ -303,8 +323,12 @@ def test_what_is_missing_is_named(config: dict[str, Any], message: str, tmp_path
 
 
 @pytest.mark.parametrize(
-    "bad", [{"lr": 0.0}, {"schedule": "linear"}, {"ema_decay": 1.5}, {"accumulate": 5}, {"lr": math.nan}]
-)
+    "bad",
+    [
+        {"lr": 0.0}, {"schedule": "linear"}, {"ema_decay": 1.5}, {"accumulate": 5}, {"lr": math.nan},
+        {"grad_clip": 0.0}, {"patience": 0}, {"max_steps": 0}, {"batch_size": 16.5}, {"retries": -1},
+    ],
+)  # fmt: skip
 def test_bad_configuration_is_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(TrainingError, match=next(iter(bad))):
         FitConfig(**{**BASE.__dict__, **bad})
