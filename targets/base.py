@@ -74,7 +74,7 @@ class Measurement:
 
     Attributes:
         target: Name of the target, such as ``host-litert``.
-        model: File name of the model.
+        model: File name of the model, with as many folders as tell it from the others measured with it.
         model_sha256: SHA-256 of the file, in hex; empty if it could not be read.
         precision: ``fp32``, ``fp16``, ``int8``, ``int8-weights``, ``int16x8``, ``dynamic``, ``fp64``, ``mixed`` or
             ``unknown``.

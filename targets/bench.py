@@ -9,7 +9,7 @@ from pathlib import Path
 
 from targets.base import Device, DeviceKind, Measurement, OnProgress, Target
 from targets.errors import ModelFileError, TargetError, UnexpectedError
-from targets.model_file import sha256_of
+from targets.model_file import sha256_of, telling_names
 
 __all__ = ["collect"]
 
@@ -52,6 +52,7 @@ def collect(
         exits with an error if any row has one. Ctrl-C stops all targets, lets them clean up, and is raised then.
     """
     stopping = threading.Event()
+    models = telling_names(paths)
 
     def one(name: str) -> list[Measurement]:
         report = (on_progress or {}).get(name)
@@ -68,8 +69,9 @@ def collect(
             )
             if len(rows) != len(paths):
                 raise UnexpectedError(f"target {name} gave {len(rows)} rows for {len(paths)} files")
-            # A name may say more than the target does of itself, and rows are joined to ratios by it.
-            return [replace(row, target=name) for row in rows]
+            # A name may say more than the target does of itself, and rows are joined to ratios by it; files of one
+            # name in several folders are told apart.
+            return [replace(row, target=name, model=model) for row, model in zip(rows, models, strict=True)]
         except TargetError as error:
             failure = error
             for note in getattr(error, "__notes__", ()):
@@ -82,10 +84,10 @@ def collect(
         device = Device(id=instance or name, kind=_KINDS.get(base, "third-party"), state="unknown")
         return [
             Measurement.from_failure(
-                failure, target=name, model=Path(path).name, model_sha256=_sha256(path), device=device, warmup=warmup,
+                failure, target=name, model=model, model_sha256=_sha256(path), device=device, warmup=warmup,
                 runs=runs, restarts=restarts, quick=quick,
             )
-            for path in paths
+            for path, model in zip(paths, models, strict=True)
         ]  # fmt: skip
 
     here = [name for name, target in targets.items() if getattr(target, "runs_here", False)]

@@ -1,14 +1,15 @@
 """Reads what can be told about a model file without running it: format, identity, precision."""
 
 import hashlib
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from targets.errors import ModelFileError, RuntimeMissingError
 
-__all__ = ["ModelFile", "inspect", "sha256_of"]
+__all__ = ["ModelFile", "inspect", "sha256_of", "telling_names"]
 
 _SUFFIXES = {".tflite": "tflite", ".onnx": "onnx"}
 _WEIGHTED_TFLITE_OPS = {"CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "TRANSPOSE_CONV", "BATCH_MATMUL"}
@@ -51,6 +52,23 @@ def sha256_of(path: Path) -> str:
     except OSError as error:
         raise ModelFileError(f"cannot read {path}: {error.strerror}") from error
     return digest.hexdigest()
+
+
+def telling_names(paths: Sequence[Path | str]) -> list[str]:
+    """Names each file so that different ones differ: its file name, and as many folders as that takes.
+
+    Args:
+        paths: Files, which need not be there; one may come twice, under one name.
+    """
+    whole = [Path(os.path.abspath(path)) for path in paths]  # noqa: PTH100 - links keep the names that they were given
+    names = []
+    for path in whole:
+        rivals = {other for other in whole if other != path}
+        length = 1
+        while any(other.parts[-length:] == path.parts[-length:] for other in rivals):
+            length += 1
+        names.append(Path(*path.parts[-length:]).as_posix())
+    return names
 
 
 def inspect(path: Path, *, expected: str, runtime: str) -> ModelFile:

@@ -5,6 +5,7 @@ __all__ = ["command"]
 import json
 import signal
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -171,14 +172,15 @@ def _ratios(found: "Mapping[str, Sequence[Measurement]]") -> "dict[str, dict[int
 
 def _profiles(paths: Sequence[Path], threads: int) -> "tuple[list[Profile], list[str]]":
     from targets.errors import TargetError
+    from targets.model_file import telling_names
     from targets.profile import profile
 
     profiles, troubles = [], []
-    for path in paths:
+    for path, model in zip(paths, telling_names(paths), strict=True):
         try:
-            profiles.append(profile(path, threads=threads))
+            profiles.append(replace(profile(path, threads=threads), model=model))
         except TargetError as error:
-            troubles.append(f"{path.name}: {error}")
+            troubles.append(f"{model}: {error}")
     return profiles, troubles
 
 

@@ -56,6 +56,24 @@ def test_targets_of_this_machine_take_turns_and_devices_do_not() -> None:
     assert set(log[4:6]) == {"+phone1", "+phone2"}, "two devices must be at work at once"
 
 
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["a/m.tflite", "b/n.tflite"], ["m.tflite", "n.tflite"]),
+        (["a/m.tflite", "b/m.tflite", "b/n.tflite"], ["a/m.tflite", "b/m.tflite", "n.tflite"]),
+        (["x/a/m.tflite", "y/a/m.tflite", "y/b/m.tflite"], ["x/a/m.tflite", "y/a/m.tflite", "b/m.tflite"]),
+        (["a/m.tflite", "a/../a/m.tflite"], ["m.tflite", "m.tflite"]),
+        (["/m.tflite", "/a/m.tflite"], ["/m.tflite", "a/m.tflite"]),
+    ],
+)
+def test_files_of_one_name_are_told_apart_by_their_folders(paths: list[str], names: list[str]) -> None:
+    def lost(advance: OnProgress) -> None:
+        raise DeviceLostError("gone")
+
+    found = collect({"well": Made([], "well"), "ill": Made([], "ill", act=lost)}, paths)
+    assert [row.model for row in found["well"]] == [row.model for row in found["ill"]] == names
+
+
 def test_a_mistake_in_a_target_is_a_row_that_says_where() -> None:
     def mistake(advance: OnProgress) -> None:
         raise ZeroDivisionError("no such luck")
