@@ -9,9 +9,11 @@ import base64
 import math
 import platform
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from targets.errors import OptionError, RuntimeMissingError, SetupError, Timeout
 from targets.model_file import ModelFile, inspect
 from targets.worker_process import WORKER_FILE, run_worker
 
-__all__ = ["EmulatedTarget", "devices", "setup"]
+__all__ = ["EmulatedTarget", "devices", "plugin_option", "setup"]
 
 MARKER = 27750
 _CPU = "cortex-a76"
@@ -35,6 +37,8 @@ _MOST_RUNS = 3
 _MOST_WARMUPS = 2
 _ATTEMPTS = 2
 _ROUNDING_STEPS = 2
+_PROBE_TIMEOUT_S = 10.0
+_RANDOMISED = "addresses are randomised (setarch -R is not permitted here), so counts of the cache model move a little"
 
 
 def devices() -> list[Device]:
@@ -172,6 +176,7 @@ class EmulatedTarget:
             runs=runs, restarts=1, quick=quick,
             instructions=sum(net[f"instructions_{name}"] for name in _INSTRUCTION_CLASSES),
             counters=net, output_sha256=found["output_sha256"], valid=not reason, invalid_reason=reason,
+            note="" if _fixed_addresses() else _RANDOMISED,
             timestamp=timestamp(), layerfold_version=layerfold_version(),
         )  # fmt: skip
 
@@ -215,14 +220,38 @@ def steps_apart(first: Mapping[str, str], second: Mapping[str, str]) -> float:
     return float(np.abs(a - b).max() / gaps.min()) if gaps.size else 0.0
 
 
+@cache
+def _fixed_addresses() -> tuple[str, ...]:
+    """The prefix that switches address randomisation off; empty where that is not permitted, as in many containers."""
+    prefix = ("setarch", "-R")
+    try:
+        done = subprocess.run([*prefix, "true"], capture_output=True, timeout=_PROBE_TIMEOUT_S)
+    except (OSError, subprocess.TimeoutExpired):
+        return ()
+    return prefix if done.returncode == 0 else ()
+
+
+def plugin_option(root: EmulatedRoot, counts_file: Path, *, cache: bool) -> str:
+    """The value of QEMU's option `-plugin`: what to load, and what to tell it.
+
+    Args:
+        root: Where the plugin is.
+        counts_file: What it writes.
+        cache: Whether it models a cache.
+    """
+    # To QEMU a comma ends a value; two stand for one. And without a name, a path with = would be taken for one.
+    plugin, out = (str(path).replace(",", ",,") for path in (root.plugin, counts_file))
+    return f"file={plugin},out={out},marker={MARKER}" + (",cache=on" if cache else "")
+
+
 def _command(root: EmulatedRoot, counts_file: Path, *, cache: bool) -> list[str]:
-    plugin = f"{root.plugin},out={counts_file},marker={MARKER}" + (",cache=on" if cache else "")
     # The worker there has no thread that watches for the end of the one who asked: the kernel has to.
     tie = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
     # Without address randomisation the cache model sees the same addresses every time.
     return [
-        *tie, "setarch", "-R", *root.command(), "-cpu", _CPU, "-L", str(root.sysroot), "-plugin", plugin,
-        str(root.sysroot / "usr/bin/python3.11"), "-B", str(WORKER_FILE),
+        *tie, *_fixed_addresses(), *root.command(), "-cpu", _CPU, "-L", str(root.sysroot),
+        "-plugin", plugin_option(root, counts_file, cache=cache), str(root.sysroot / "usr/bin/python3.11"),
+        "-B", str(WORKER_FILE),
     ]  # fmt: skip
 
 
