@@ -19,7 +19,7 @@ from targets.errors import (
     TimeoutExpiredError,
     TransferError,
 )
-from targets.remote import Reply, quoted, sentinel_command, split_at_sentinel
+from targets.remote import NO_ROOM, Reply, quoted, sentinel_command, split_at_sentinel
 
 __all__ = ["HINTS", "AdbRemote", "Attached", "attached", "choose"]
 
@@ -31,7 +31,6 @@ _GONE = re.compile(
     r"device (?:'[^']*' )?(?:not found|offline|still connecting)|no devices/emulators found|error: closed|"
     r"protocol fault|connect failed|connection reset|failed to read command|EOF"
 )
-_FULL = re.compile(r"no space left on device", re.IGNORECASE)
 # What to do about a device in a state that `adb devices` names.
 HINTS = {
     "unauthorized": "unlock the device and accept this computer's key",
@@ -166,7 +165,7 @@ class AdbRemote:
         if done.returncode == 0:
             return
         says = (done.stderr + done.stdout).decode(errors="replace").strip()[-300:]
-        if _FULL.search(says):
+        if NO_ROOM.search(says):
             raise DeviceFullError(f"{self.id} has no room: {what}: {says}", hint=f"free some of {self.storage}")
         if _GONE.search(says) and not self.is_alive():
             raise DeviceLostError(f"{self.id} went away while {what}: {says}", hint="check the cable")

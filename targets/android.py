@@ -71,8 +71,8 @@ class AndroidTarget:
         self._runner = runner
         self._binary = binary if binary is None else Path(options.text("binary", str(binary)))
         self._libraries = options.texts("libraries", libraries)
-        self._python = options.text("python", python)
-        self._storage = None if storage is None else options.text("storage", storage)
+        self._python = options.place("python", python)
+        self._storage = None if storage is None else options.place("storage", storage)
         try:
             self.settings = RemoteSettings(**settings)
         except TypeError as error:

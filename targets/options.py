@@ -6,7 +6,7 @@ from typing import Any
 
 from targets.errors import OptionError
 
-__all__ = ["cores", "flag", "number", "text", "texts", "whole"]
+__all__ = ["cores", "flag", "number", "place", "text", "texts", "whole"]
 
 
 def whole(name: str, value: Any, *, least: int = 1) -> int:
@@ -38,6 +38,14 @@ def text(name: str, value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
         raise OptionError(f"{name} is {value!r}, expected text", hint=f"put it in quotes: {name}='…'")
     return value
+
+
+def place(name: str, value: Any) -> str:
+    """Returns a path on a device; ~ is refused by name, for words reach a device quoted."""
+    if text(name, value).startswith("~"):
+        hint = f"write the whole path, such as {name}=/home/pi{value[1:]}"
+        raise OptionError(f"{name} is {value!r}, but ~ means nothing there: words reach the device quoted", hint=hint)
+    return str(value)
 
 
 def texts(name: str, value: Any) -> list[str]:

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Protocol
 
 from targets.base import DeviceKind
-from targets.errors import DeviceError, DeviceLostError, TargetError, TransferError
+from targets.errors import DeviceError, DeviceFullError, DeviceLostError, TargetError, TransferError
 from targets.locks import lock_folder
 from targets.model_file import sha256_of
 
 __all__ = [
+    "NO_ROOM",
     "Remote",
     "Reply",
     "Workspace",
@@ -30,6 +31,7 @@ __all__ = [
 ]
 
 PREFIX = "layerfold"
+NO_ROOM = re.compile(r"no space left on device|quota exceeded", re.IGNORECASE)
 _CLEANUP_TIMEOUT_S = 8.0
 _PUSH_ATTEMPTS = 2
 # Removes the folders whose path begins with $1, and first ends what still runs from a program in one: a tool outlives
@@ -166,11 +168,15 @@ class Workspace:
         """Runs a command that must succeed.
 
         Raises:
+            DeviceFullError: If there is no room for what it makes.
             DeviceError: If it does not.
         """
         reply = self.remote.shell(argv, timeout_s=timeout_s or self.shell_timeout_s)
         if reply.code != 0:
             says = (reply.stderr or reply.stdout).strip()[-300:]
+            if NO_ROOM.search(says):
+                hint = f"free some of {self.remote.storage}"
+                raise DeviceFullError(f"{self.remote.id} has no room: {argv[0]}: {says}", hint=hint)
             raise DeviceError(f"{argv[0]} failed on {self.remote.id} with status {reply.code}: {says}")
         return reply
 
@@ -191,6 +197,7 @@ def workspace(remote: Remote, *, push_timeout_s: float = 300.0, shell_timeout_s:
     Folders that an earlier run of this user could not remove (the device was gone, or this machine) go first.
 
     Raises:
+        DeviceFullError: If there is no room for the folder.
         DeviceError: If the folder cannot be made.
     """
     tag = owner_tag(remote.id)

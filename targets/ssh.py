@@ -23,7 +23,7 @@ from targets.errors import (
     TimeoutExpiredError,
     TransferError,
 )
-from targets.remote import Reply, quoted, sentinel_command, split_at_sentinel
+from targets.remote import NO_ROOM, Reply, quoted, sentinel_command, split_at_sentinel
 from targets.remote_benchmark import RemoteSettings, ask, benchmark, describe
 from targets.runners import PythonRunner
 
@@ -98,7 +98,7 @@ class SshRemote:
             return
         says = done.stderr.decode(errors="replace").strip()[-300:]
         # OpenSSH's sftp knows no "disk full": a write to a full disk comes back as a bare "Failure".
-        if re.search(r"no space left", says, re.I) or self._is_full():
+        if NO_ROOM.search(says) or self._is_full():
             raise DeviceFullError(f"{self.id} has no room: {what}: {says}", hint=f"free some of {self.storage}")
         if not self.is_alive():
             raise DeviceLostError(f"{self.id} went away while {what}: {says}", hint="check power and network")
@@ -154,9 +154,9 @@ class SshTarget:
         self.name = f"ssh:{device}"
         self.formats: tuple[str, ...] = ("tflite", "onnx")
         self._remote = SshRemote(
-            device, storage=options_.text("storage", storage), options=options_.texts("options", options)
+            device, storage=options_.place("storage", storage), options=options_.texts("options", options)
         )
-        self._python = options_.text("python", python)
+        self._python = options_.place("python", python)
         try:
             self.settings = RemoteSettings(**settings)
         except TypeError as error:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from targets.base import Measurement
-from targets.errors import DeviceLostError, TimeoutExpiredError
-from targets.remote import Reply
+from targets.errors import DeviceFullError, DeviceLostError, TimeoutExpiredError
+from targets.remote import Reply, workspace
 from targets.remote_benchmark import RemoteSettings, benchmark
 from targets.runners import RunnerRow
 
@@ -85,6 +85,17 @@ def test_a_device_that_does_not_say_its_state_afterwards_costs_no_rows(model: Pa
 def test_a_tool_that_does_not_say_what_ran_is_not_believed(model: Path) -> None:
     row = measured(model, "", asked="nnapi", ran="unknown")
     assert not row.valid and row.invalid_reason == "asked for nnapi, and perf does not say what ran the model"
+
+
+def test_a_device_without_room_for_a_folder_is_a_full_device(model: Path) -> None:
+    class Full(Wire):
+        def shell(self, argv: Sequence[str], *, timeout_s: float) -> Reply:
+            if argv[0] == "mkdir":
+                return Reply("", f"mkdir: '{argv[-1]}': No space left on device\n", 1)
+            return super().shell(argv, timeout_s=timeout_s)
+
+    with pytest.raises(DeviceFullError, match="S1 has no room: mkdir"), workspace(Full(model, "")):  # type: ignore[arg-type]
+        pass
 
 
 def test_a_device_lost_in_the_run_is_still_an_error(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,8 @@ WRONG: dict[str, list[dict[str, Any]]] = {
 for remote in REMOTES:
     WRONG[remote] += [
         {"threads": 1.5}, {"cores": [-1]}, {"cooldown_s": -1}, {"timeout_s": "x"}, {"gate_wait_s": "soon"},
-        {"push_timeout_s": 0}, {"lock_wait_s": None}, {"min_battery_percent": "full"},
+        {"push_timeout_s": 0}, {"lock_wait_s": None}, {"min_battery_percent": "full"}, {"python": "~/venv/bin/python"},
+        {"storage": "~"},
     ]  # fmt: skip
 CASES = [(name, wrong) for name, those in WRONG.items() for wrong in those]
 
