@@ -87,7 +87,7 @@ def unpack(packages: Sequence[Package], root: Path) -> None:
     root.mkdir(parents=True, exist_ok=True)
     for package in packages:
         argv = ["dpkg-deb", "-x", str(package.path), str(root)]
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=_LOCAL_TIMEOUT_S)
+        done = subprocess.run(argv, capture_output=True, encoding="utf-8", errors="replace", timeout=_LOCAL_TIMEOUT_S)
         if done.returncode != 0:
             raise SetupError(f"cannot unpack {package.path.name}: {done.stderr.strip()}", hint="delete that file")
 
@@ -96,7 +96,7 @@ def _archive() -> str:
     """Finds where this machine gets Debian's main archive from."""
     listing = subprocess.run(
         ["apt-get", "indextargets", "--format", "$(ORIGIN)|$(LABEL)|$(REPO_URI)", "Created-By: Packages"],
-        capture_output=True, text=True, timeout=_LOCAL_TIMEOUT_S,
+        capture_output=True, encoding="utf-8", errors="replace", timeout=_LOCAL_TIMEOUT_S,
     )  # fmt: skip
     for line in listing.stdout.splitlines():
         origin, _, rest = line.partition("|")
@@ -127,6 +127,8 @@ def _config(folder: Path, arch: str) -> str:
         "APT::Sandbox::User": "root",
         "Acquire::Languages": "none",
         "Acquire::Retries": "3",
+        # Else a machine without a network is told that it has no such package.
+        "APT::Update::Error-Mode": "any",
         "Debug::NoLocking": "true",
     }
     lines = [f'{key} "{value}";' for key, value in values.items()]
@@ -135,7 +137,9 @@ def _config(folder: Path, arch: str) -> str:
 
 def _apt(argv: Sequence[str], env: Mapping[str, str]) -> None:
     try:
-        done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=_TIMEOUT_S)
+        done = subprocess.run(
+            argv, env=env, capture_output=True, encoding="utf-8", errors="replace", timeout=_TIMEOUT_S
+        )
     except subprocess.TimeoutExpired as error:
         raise SetupError(f"{' '.join(argv[:2])} took over {_TIMEOUT_S:.0f} s", hint="try again: it resumes") from error
     if done.returncode != 0:

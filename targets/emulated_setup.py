@@ -233,7 +233,7 @@ def _wheels(folder: Path) -> None:
 def _pip(arguments: list[str]) -> None:
     argv = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments]
     try:
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=_PIP_TIMEOUT_S)
+        done = subprocess.run(argv, capture_output=True, encoding="utf-8", errors="replace", timeout=_PIP_TIMEOUT_S)
     except subprocess.TimeoutExpired as error:
         raise SetupError(f"pip {arguments[0]} took over {_PIP_TIMEOUT_S:.0f} s", hint="try again") from error
     if done.returncode != 0:
@@ -253,7 +253,7 @@ def _plugin(folder: Path) -> None:
         raise SetupError("no C compiler is on this machine", hint="install gcc")
     made = folder / "count.so.part"
     argv = [compiler, "-std=c11", "-O2", "-fPIC", "-shared", "-o", str(made), str(_PLUGIN_SOURCE)]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=_COMPILER_TIMEOUT_S)
+    done = subprocess.run(argv, capture_output=True, encoding="utf-8", errors="replace", timeout=_COMPILER_TIMEOUT_S)
     if done.returncode != 0:
         raise SetupError(f"{Path(compiler).name} cannot compile {_PLUGIN_SOURCE.name}: {done.stderr[-400:]}")
     made.replace(folder / "count.so")

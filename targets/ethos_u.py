@@ -106,7 +106,12 @@ class EthosUTarget:
             ]  # fmt: skip
             try:
                 done = subprocess.run(
-                    argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=self._timeout_s
+                    argv,
+                    stdin=subprocess.DEVNULL,
+                    capture_output=True,
+                    encoding="utf-8",
+                    errors="replace",
+                    timeout=self._timeout_s,
                 )
             except subprocess.TimeoutExpired as error:
                 raise TimeoutExpiredError(f"vela took over {self._timeout_s:.0f} s on {file.path.name}") from error

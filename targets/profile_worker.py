@@ -94,7 +94,7 @@ def _one_litert_run(library: _LiteRt, path: str, threads: int, warmup: int) -> l
     library.call("StopProfiler", profiler)
     summary = ctypes.c_void_p()
     library.call("GetProfileSummary", profiler, compiled, ctypes.byref(summary))
-    report = ctypes.string_at(summary.value).decode() if summary.value else ""
+    report = ctypes.string_at(summary.value).decode(errors="replace") if summary.value else ""
     c_library.free(summary)
     for buffer in (*inputs, *outputs):
         library.drop("TensorBuffer", ctypes.c_void_p(buffer))

@@ -66,7 +66,7 @@ def check_namespaces() -> None:
     for tool in ("unshare", "nsenter", "ip", "adb"):
         if shutil.which(tool) is None:
             raise AbsentError(f"{tool} is not on this machine", hint="install util-linux, iproute2 and adb")
-    done = subprocess.run([*unshare(), "true"], capture_output=True, text=True)
+    done = subprocess.run([*unshare(), "true"], capture_output=True, encoding="utf-8", errors="replace")
     if done.returncode != 0:
         raise AbsentError(f"namespaces are not permitted here: {done.stderr.strip()}", hint="allow user namespaces")
 
