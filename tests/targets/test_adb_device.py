@@ -237,8 +237,8 @@ def test_adbd_killed_in_the_middle_of_a_command(lab: Lab) -> None:
     threading.Timer(1.0, lab.do, ("kill", lab.serials[0])).start()
     started = time.monotonic()
     with pytest.raises(DeviceLostError, match="middle of a command"):
-        AdbRemote(lab.serials[0]).shell(["sh", "-c", "echo begun; sleep 50; echo done"], timeout_s=60)
-    assert time.monotonic() - started < 30
+        AdbRemote(lab.serials[0]).shell(["sh", "-c", "echo begun; sleep 300; echo done"], timeout_s=360)
+    assert time.monotonic() - started < 200  # long before the command, or its limit, would have ended
     with pytest.raises((DeviceNotFoundError, DeviceLostError, targets.TargetError)):
         choose(lab.serials[0])
 
@@ -248,7 +248,7 @@ def test_a_stopped_adbd_hangs_nothing_longer_than_its_limit(lab: Lab, make_model
     started = time.monotonic()
     with pytest.raises(TimeoutExpiredError, match="over 2 s"):
         AdbRemote(lab.serials[0]).shell(["true"], timeout_s=2)
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 60  # it stays stopped until the end of the test
 
 
 def test_a_device_stopped_during_the_run_and_swept_by_the_next(lab: Lab, make_model: MakeModel) -> None:
@@ -260,7 +260,7 @@ def test_a_device_stopped_during_the_run_and_swept_by_the_next(lab: Lab, make_mo
             lab.do("stop", serial)
 
     stopped: list[int] = []
-    target = AndroidTarget(device=serial, **{**FAST, "timeout_s": 6})  # type: ignore[arg-type]
+    target = AndroidTarget(device=serial, **{**FAST, "timeout_s": 12})  # type: ignore[arg-type]
     with pytest.raises(DeviceLostError, match="stopped answering") as caught:
         target.benchmark([make_model("tflite")], runs=10**6, restarts=1, on_progress=stop_once)
     assert any("is left on" in note for note in caught.value.__notes__)
