@@ -5,7 +5,9 @@ torchrun --nproc-per-node 2 my_script_that_calls_fit.py
 
 __all__ = ["World"]
 
+import atexit
 import os
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -16,6 +18,17 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.errors import TrainingError
+
+_DRAIN_S = 0.5
+
+
+def _leave() -> None:
+    """Takes the processes apart at exit."""
+    if dist.is_initialized():
+        # The destructor of a gloo group joins its threads with the GIL held, while one of them may still want the GIL
+        # to drop its last task; on a loaded machine that was seen to hang. Sleeping leaves the GIL to it.
+        time.sleep(_DRAIN_S)
+        dist.destroy_process_group()
 
 
 class World:
@@ -35,17 +48,19 @@ class World:
 
     @contextmanager
     def joined(self, device: torch.device) -> Iterator[None]:
-        """Connects the processes, by NCCL on GPUs and gloo elsewhere, unless the caller has done so."""
+        """Connects the processes, by NCCL on GPUs and gloo elsewhere, unless the caller or an earlier fit has done so.
+
+        They stay connected until the process ends: a second meeting under the same `torchrun` reads the addresses of
+        the first one and fails.
+        """
         if self.size == 1 or dist.is_initialized():
             yield
             return
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        try:
-            yield
-        finally:
-            dist.destroy_process_group()
+        atexit.register(_leave)
+        yield
 
     def device(self, wanted: torch.device) -> torch.device:
         """This process's own GPU, where GPUs were asked for without a number."""
