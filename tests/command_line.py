@@ -27,7 +27,7 @@ def call(*arguments: str, cwd: Path | None = None, timeout_s: float = 540) -> "s
     command = ["layerfold", *arguments]
     with tempfile.TemporaryDirectory() as folder:
         streams = [Path(folder) / "stdout", Path(folder) / "stderr"]
-        process = _FORKS.Process(target=_main, args=(command, cwd or Path.cwd(), streams))
+        process = _FORKS.Process(target=_main, args=(command, cwd or Path.cwd(), streams, dict(os.environ)))
         process.start()
         process.join(timeout_s)
         if process.exitcode is None:
@@ -39,10 +39,13 @@ def call(*arguments: str, cwd: Path | None = None, timeout_s: float = 540) -> "s
     return subprocess.CompletedProcess(command, process.exitcode, stdout, stderr)
 
 
-def _main(command: list[str], cwd: Path, streams: list[Path]) -> None:
+def _main(command: list[str], cwd: Path, streams: list[Path], environment: dict[str, str]) -> None:
     for descriptor, stream in enumerate(streams, start=1):
         os.dup2(os.open(stream, os.O_WRONLY | os.O_CREAT), descriptor)
     os.chdir(cwd)
+    # The process that this one was forked off has the environment of an earlier moment.
+    os.environ.clear()
+    os.environ.update(environment)
     sys.argv = command
     from pipeline.cli import main
 
