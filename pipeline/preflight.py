@@ -15,7 +15,6 @@ from pipeline.recipe import Recipe
 from pipeline.results.collect import paper_row
 from pipeline.stages import fitting, workbench
 from pipeline.stages.bench import make_targets
-from pipeline.stages.fitting import check_features
 from pipeline.stages.prefold import candidates, penalty_weights
 
 
@@ -40,7 +39,7 @@ def check(recipe: Recipe, *, load_weights: bool) -> None:
         args=section.args,
     )
     units = candidates(recipe, model)
-    check_features(recipe, model, units)
+    fitting.check_features(recipe, model, units)
     if recipe.prefold.method != "closed_form":
         penalty_weights(recipe, model, units)
     _require_float_units(recipe, model)

@@ -21,7 +21,7 @@ from targets.errors import (
 )
 from targets.remote import NO_ROOM, Reply, quoted, sentinel_command, split_at_sentinel
 
-__all__ = ["HINTS", "AdbRemote", "Attached", "attached", "choose"]
+__all__ = ["HINTS", "AdbRemote", "Attached", "attached", "choose", "find_adb"]
 
 STORAGE = "/data/local/tmp"
 _QUERY_TIMEOUT_S = 15.0
@@ -48,8 +48,13 @@ class Attached:
     model: str
 
 
+def find_adb() -> str | None:
+    """The adb that is used: ``LAYERFOLD_ADB``, else the one on PATH, if any."""
+    return os.environ.get("LAYERFOLD_ADB") or shutil.which("adb")
+
+
 def _adb_program() -> str:
-    program = os.environ.get("LAYERFOLD_ADB") or shutil.which("adb")
+    program = find_adb()
     if not program:
         raise RuntimeMissingError("adb is not on this machine", hint="install Android's platform tools (Debian: adb)")
     return program

@@ -14,7 +14,7 @@ from typing import Any
 from targets.base import Device, Target
 from targets.errors import OptionError, SetupError, UnknownTargetError
 
-__all__ = ["ENTRY_POINT_GROUP", "devices", "get", "names", "options", "takes"]
+__all__ = ["ENTRY_POINT_GROUP", "devices", "get", "names", "options", "takes", "with_defaults"]
 
 ENTRY_POINT_GROUP = "layerfold.targets"
 _BUILT_IN: Mapping[str, str] = {
@@ -58,6 +58,11 @@ def get(name: str, **options: Any) -> Target:
         raise OptionError(f"target {base}: {error}", hint=f"it takes {_options(factory)}") from error
     target: Target = factory(**options)
     return target
+
+
+def with_defaults(name: str, options: Mapping[str, Any], **defaults: Any) -> dict[str, Any]:
+    """A target's options over those of the defaults that it takes; raises `UnknownTargetError` for an unknown name."""
+    return {key: value for key, value in defaults.items() if takes(name, key)} | dict(options)
 
 
 def takes(name: str, option: str) -> bool:

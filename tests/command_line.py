@@ -9,10 +9,12 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 Layerfold = Callable[..., "subprocess.CompletedProcess[str]"]
+QUICK = ("quickstart", "--quick", "--set", "prefold.lambda_c=0.5")
+"""The run of the README that tests look at; `tests/readme` holds the two together."""
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["pipeline.cli", "pipeline.preflight", "pipeline.runner"])
@@ -37,6 +39,12 @@ def call(*arguments: str, cwd: Path | None = None, timeout_s: float = 540) -> "s
         stdout, stderr = (stream.read_text() for stream in streams)
     assert process.exitcode is not None
     return subprocess.CompletedProcess(command, process.exitcode, stdout, stderr)
+
+
+def from_shell(words: Sequence[str], cwd: Path) -> "subprocess.CompletedProcess[str]":
+    """Runs a command as a user's shell would with the environment activated: in a process from nothing."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(words, cwd=cwd, capture_output=True, text=True, env=os.environ | {"PATH": path}, timeout=580)
 
 
 def _main(command: list[str], cwd: Path, streams: list[Path], environment: dict[str, str]) -> None:

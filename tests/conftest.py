@@ -1,15 +1,12 @@
 """Fixtures that many rooms share."""
 
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import Layerfold, call
+from command_line import QUICK, Layerfold, call, from_shell
 from PIL import Image
 
 
@@ -49,20 +46,10 @@ def layerfold() -> Layerfold:
 
 
 @pytest.fixture(scope="session")
-def quick_words() -> tuple[str, ...]:
-    """The README's command that runs the quickstart quickly."""
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    return next(tuple(line.split()) for line in readme.splitlines() if line.startswith("layerfold run quickstart --q"))
-
-
-@pytest.fixture(scope="session")
-def quick_run(quick_words: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of one finished run of that command, made as a user would: from a shell, in a process from nothing."""
+def quick_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of one finished run of the README's quick command, made as a user would."""
     cwd = tmp_path_factory.mktemp("quickstart")
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(
-        quick_words, cwd=cwd, capture_output=True, text=True, env=os.environ | {"PATH": path}, timeout=580
-    )
+    done = from_shell(("layerfold", "run", *QUICK), cwd)
     assert done.returncode == 0, done.stdout + done.stderr
     (folder,) = (cwd / "runs").iterdir()
     assert "MACs" in done.stdout and f"report: runs/{folder.name}/report.html" in done.stdout

@@ -115,7 +115,7 @@ def _make(names: Sequence[str], paths: Sequence[Path], threads: int, options: Se
     """Makes the targets, and refuses wrong files and options before anything runs."""
     import targets
     from targets.errors import ModelFileError, OptionError
-    from targets.registry import takes
+    from targets.registry import with_defaults
 
     for path in paths:
         if not path.is_file():
@@ -127,8 +127,7 @@ def _make(names: Sequence[str], paths: Sequence[Path], threads: int, options: Se
     made = {}
     for name in names:
         mine = {key: value for owner, key, value in given if owner in ("", name, name.partition(":")[0])}
-        common = {"threads": threads} if takes(name, "threads") else {}
-        made[name] = targets.get(name, **{**common, **mine})
+        made[name] = targets.get(name, **with_defaults(name, mine, threads=threads))
         forms = getattr(made[name], "formats", ("tflite", "onnx"))
         for path in paths:
             if path.suffix.lower().removeprefix(".") not in forms:

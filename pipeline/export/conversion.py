@@ -136,17 +136,7 @@ def to_int8(
         ExportError: The images are unfit, or the converter or the quantiser fails; no int8 file is left.
     """
     if form == "executorch":
-        info = executorch_int8.export_int8(
-            ready.network,
-            example,
-            path,
-            calibration,
-            ranges=options.ranges,
-            percentile=options.percentile,
-            per_channel=options.per_channel,
-            float_layers=options.float_units,
-            pixels=pixels,
-        )
+        info = executorch_int8.export_int8(ready.network, example, path, calibration, pixels=pixels, **options.rounding)
         return info, exported
     source = exported
     if ready.network is not network:

@@ -25,6 +25,7 @@ from pipeline.export.input_format import PixelInput
 from pipeline.export.layers import is_inside, weighted_layers
 from pipeline.export.observe import Observation, Observer
 from pipeline.export.pte_files import load_executorch
+from pipeline.export.quantize import rounding_notes
 from pipeline.export.quiet import quietly
 from pipeline.export.ranges import Range, activation_ranges
 from pipeline.export.tflite import ExportInfo
@@ -87,10 +88,8 @@ def export_int8(
             program = torch.export.export(tools.convert_pt2e(prepared), (image,))
         write_program(program, temporary, doing)
         describe(temporary, network, pixels)
-    notes = [f"{ranges} ranges", "per-channel weights" if per_channel else "per-tensor weights"]
-    if kept:
-        notes.append(f"float32: {', '.join(sorted(kept))}")
-    return ExportInfo.of(target, converter=f"{converter()} PT2E", since=started, notes=tuple(notes))
+    notes = rounding_notes(ranges, per_channel, kept)
+    return ExportInfo.of(target, converter=f"{converter()} PT2E", since=started, notes=notes)
 
 
 def _require_layers(network: fx.GraphModule, kept: tuple[str, ...]) -> None:

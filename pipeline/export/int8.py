@@ -59,6 +59,16 @@ class Int8Options:
     qat_steps: int = 100
     qat_learning_rate: float = 1e-5
 
+    @property
+    def rounding(self) -> dict[str, Any]:
+        """What the quantisers of all formats take, by the names of their arguments."""
+        return {
+            "ranges": self.ranges,
+            "percentile": self.percentile,
+            "per_channel": self.per_channel,
+            "float_layers": self.float_units,
+        }
+
     def as_dict(self) -> dict[str, Any]:
         """The options as JSON-ready values, for manifests and metadata; those of another method are left out."""
         kept = {**asdict(self), "float_units": list(self.float_units)}
@@ -192,15 +202,7 @@ def quantise(
     """
     source = Path(float_path)
     try:
-        return QUANTISERS[source.suffix.removeprefix(".")](
-            source,
-            out_path,
-            calibration,
-            ranges=options.ranges,
-            percentile=options.percentile,
-            per_channel=options.per_channel,
-            float_layers=options.float_units,
-        )
+        return QUANTISERS[source.suffix.removeprefix(".")](source, out_path, calibration, **options.rounding)
     except ExportError as error:
         if name is None:
             raise

@@ -96,14 +96,22 @@ def tflite_int8(
             _drop_cast_of_pixels(quantized)
         flatbuffer.write(quantized, temporary)
         require_runs(temporary, name=target.name)
-    notes = [f"{ranges} ranges", "per-channel weights" if per_channel else "per-tensor weights"]
+    dead: list[str] = []
     if widened:
         count = sum(widened.values())
         where = ", ".join(widened) if len(widened) <= 3 else f"{len(widened)} layers, {next(iter(widened))} first"
-        notes.append(f"widened {count} dead channels, whose bias overflows 32 bits, in {where}")
-    if kept:
-        notes.append(f"float32: {', '.join(sorted(float_layers))}")
-    return ExportInfo.of(target, converter=f"ai-edge-quantizer {version}", since=started, notes=tuple(notes))
+        dead.append(f"widened {count} dead channels, whose bias overflows 32 bits, in {where}")
+    notes = rounding_notes(ranges, per_channel, float_layers, dead)
+    return ExportInfo.of(target, converter=f"ai-edge-quantizer {version}", since=started, notes=notes)
+
+
+def rounding_notes(
+    ranges: str, per_channel: bool, float_layers: Iterable[str], others: Iterable[str] = ()
+) -> tuple[str, ...]:
+    """What a record says of how a file was rounded, whatever its format; `others` before the layers that stay float."""
+    kept = sorted(float_layers)
+    weights = "per-channel weights" if per_channel else "per-tensor weights"
+    return (f"{ranges} ranges", weights, *others, *([f"float32: {', '.join(kept)}"] if kept else []))
 
 
 def _cast_of_pixels(model: Any) -> str | None:
@@ -206,12 +214,8 @@ def onnx_int8(
         )
         onnx.checker.check_model(str(temporary))
         require_runs(temporary, name=target.name)
-    notes = [f"{ranges} ranges", "per-channel weights" if per_channel else "per-tensor weights"]
-    if list(float_layers):
-        notes.append(f"float32: {', '.join(sorted(float_layers))}")
-    return ExportInfo.of(
-        target, converter=f"onnxruntime {runtime.__version__} static QDQ", since=started, notes=tuple(notes)
-    )
+    notes = rounding_notes(ranges, per_channel, float_layers)
+    return ExportInfo.of(target, converter=f"onnxruntime {runtime.__version__} static QDQ", since=started, notes=notes)
 
 
 def _write_cache(path: Path, spans: dict[str, Range]) -> None:

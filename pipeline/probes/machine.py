@@ -75,7 +75,9 @@ def _gpu() -> Finding:
 
 
 def _adb() -> list[Finding]:
-    adb = os.environ.get("LAYERFOLD_ADB") or shutil.which("adb")
+    from targets.adb import find_adb
+
+    adb = find_adb()
     if adb is None:
         fix = "apt-get install adb, or Android's platform-tools"
         return [Finding("device", "adb", "optional", "not on PATH: no Android device can be reached", fix)]

@@ -12,7 +12,7 @@ from pipeline.stages import StageContext
 from targets.base import Measurement, Target
 from targets.bench import collect
 from targets.errors import StatsError
-from targets.registry import takes
+from targets.registry import with_defaults
 from targets.stats import ratio_interval
 
 _FORMATS = ("tflite", "onnx")
@@ -65,10 +65,7 @@ def make_targets(recipe: Any) -> dict[str, Target]:
     """Makes the targets of `bench.targets` with their options; raises `TargetError` for a wrong name or option."""
     section = recipe.bench
     return {
-        name: targets.get(
-            name,
-            **({"threads": section.threads} if takes(name, "threads") else {}) | section.options.get(name, {}),
-        )
+        name: targets.get(name, **with_defaults(name, section.options.get(name, {}), threads=section.threads))
         for name in section.targets
     }
 

@@ -12,19 +12,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from command_line import QUICK
 
 import pipeline
 from pipeline import plan, recipe_files
 from pipeline.artifacts import sha256_of
 from pipeline.results.collect import load_report
 
-QUICK = ("quickstart", "--quick", "--set", "prefold.lambda_c=0.5")  # as in the README
 KINDS = {"tflite_fp32", "tflite_int8", "onnx_fp32", "onnx_int8"}
 
 
 @pytest.fixture(scope="module")
-def finished(quick_run: Path, quick_words: tuple[str, ...]) -> Path:
-    assert quick_words == ("layerfold", "run", *QUICK)
+def finished(quick_run: Path) -> Path:
     return quick_run
 
 

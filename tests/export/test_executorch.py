@@ -13,17 +13,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_models import images, tiny_net
+from tiny_models import NoCounterpart, images, save, tiny_net
 from torch import Tensor, nn
 
-from pipeline import cli, preflight, recipe_files
-from pipeline.data.preprocessing import Preprocessing
+from pipeline import preflight, recipe_files
 from pipeline.errors import ExportError, RecipeError
 from pipeline.export import conversion, executorch, inspect, metadata, runtimes
 from pipeline.export.executorch_int8 import export_int8
 from pipeline.export.input_format import PixelInput, read_pixel_input
 from pipeline.export.lowering import lower
-from pipeline.models import store
 
 Reference = Callable[[np.ndarray], np.ndarray]
 needs_package = pytest.mark.skipif(
@@ -31,7 +29,6 @@ needs_package = pytest.mark.skipif(
 )
 EXAMPLE = torch.from_numpy(images(1))
 IMAGENET = PixelInput.of((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-SPEC = Preprocessing(input_px=32, mean=(0.5, 0.4, 0.3), std=(0.3, 0.4, 0.5), crop_fraction=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -210,30 +207,6 @@ class _Left(nn.Module):
         return torch.atan(self.tiny(image))
 
 
-class _NoCounterpart(nn.Module):
-    def forward(self, image: Tensor) -> Tensor:
-        return torch.linalg.eigvalsh(image.mean(1) @ image.mean(1).mT)
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    def run(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["layerfold", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(stop.value.code or 0), out, err
-
-    return run
-
-
-def save(folder: Path, module: nn.Module) -> Path:
-    path = folder / "tiny.pt"
-    content = {"name": "tiny", "num_classes": 10, "input_px": 32, "preprocess": SPEC.as_dict(), "recipe": "none"}
-    store.save(path, module, content)
-    return path
-
-
 @needs_package
 def test_one_command_writes_and_inspects_both_precisions(
     call: Callable[..., tuple[int, str, str]], tmp_path: Path
@@ -271,7 +244,7 @@ def test_what_the_delegate_leaves_is_a_finding(call: Callable[..., tuple[int, st
 @needs_package
 def test_a_network_that_cannot_be_converted_is_named_and_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"eigh|eigvalsh|linalg") as caught:
-        executorch.export_fp32(_NoCounterpart(), EXAMPLE, tmp_path / "model.pte")
+        executorch.export_fp32(NoCounterpart(), EXAMPLE, tmp_path / "model.pte")
     assert "no ExecuTorch counterpart" in caught.value.hint
     assert list(tmp_path.iterdir()) == []
 

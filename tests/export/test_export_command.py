@@ -8,37 +8,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_models import tiny_net
+from tiny_models import SPEC, NoCounterpart, save, tiny_net
 from torch import Tensor, nn
 
-from pipeline import cli
-from pipeline.data.preprocessing import Preprocessing
 from pipeline.export import inspect, metadata, runtimes
 from pipeline.models import store
 
-SPEC = Preprocessing(input_px=32, mean=(0.5, 0.4, 0.3), std=(0.3, 0.4, 0.5), crop_fraction=1.0)
 Call = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """The command line in this process, which has the heavy libraries already: (exit code, stdout, stderr)."""
-
-    def run(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["layerfold", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(stop.value.code or 0), out, err
-
-    return run
-
-
-def save(folder: Path, module: nn.Module, **meta: object) -> Path:
-    path = folder / "tiny.pt"
-    content = {"name": "tiny", "num_classes": 10, "input_px": 32, "preprocess": SPEC.as_dict(), "recipe": "none"}
-    store.save(path, module, content | meta)
-    return path
 
 
 def photos(folder: Path, count: int, damaged: int = 0) -> Path:
@@ -117,11 +93,6 @@ class _Sine(nn.Module):
         return torch.sin(self.tiny(image))
 
 
-class _NoCounterpart(nn.Module):
-    def forward(self, image: Tensor) -> Tensor:
-        return torch.linalg.eigvalsh(image.mean(1) @ image.mean(1).mT)
-
-
 class _DynamicShape(nn.Module):
     """How many numbers come out depends on the picture."""
 
@@ -148,7 +119,7 @@ def _with_nan() -> nn.Module:
 @pytest.mark.parametrize(
     ("module", "words"),
     [
-        (_NoCounterpart(), ["counterpart"]),
+        (NoCounterpart(), ["counterpart"]),
         (_DynamicShape(), ["depends on the image", "static shapes"]),
         (_OneOfTwoWays(), ["cannot be traced", "static shapes"]),
         (_with_nan(), ["'head.0.weight'", "NaN"]),

@@ -1,8 +1,13 @@
 """A small network with what exports get wrong: BatchNorm, ReLU6, stride, depthwise, residual, dense folded conv."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from pipeline.data.preprocessing import Preprocessing
+from pipeline.models import store
 
 
 class ConvBlock(nn.Sequential):
@@ -69,3 +74,21 @@ def images(count: int, channels: int = 3, px: int = 32, seed: int = 0) -> np.nda
     tint = 1.5 * rng.standard_normal((count, channels, 1, 1))
     coarse = rng.standard_normal((count, channels, px // 8, px // 8)).repeat(8, axis=2).repeat(8, axis=3)
     return (tint + coarse + 0.3 * rng.standard_normal((count, channels, px, px))).astype(np.float32)
+
+
+class NoCounterpart(nn.Module):
+    """An operation that no mobile format has."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        return torch.linalg.eigvalsh(image.mean(1) @ image.mean(1).mT)
+
+
+SPEC = Preprocessing(input_px=32, mean=(0.5, 0.4, 0.3), std=(0.3, 0.4, 0.5), crop_fraction=1.0)
+
+
+def save(folder: Path, module: nn.Module, **meta: object) -> Path:
+    """A network as layerfold's own model file `tiny.pt`."""
+    path = folder / "tiny.pt"
+    content = {"name": "tiny", "num_classes": 10, "input_px": 32, "preprocess": SPEC.as_dict(), "recipe": "none"}
+    store.save(path, module, content | meta)
+    return path
